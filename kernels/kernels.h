@@ -1,0 +1,143 @@
+/* kernels.h: the contracts of the step's nodes: what each computes, on which shapes, with which roundings.
+ *
+ * A node's operands are byte offsets from the arena's base, so that one program serves any arena. R is the number of rows (tokens)
+ * of the step, `nrow` of its header; a row belongs to a sequence slot and has a position; rows of one sequence stand together in
+ * order of position. D is the model's dtype: bf16, f16 or f32. round() rounds to D (nothing happens for f32); sums are
+ * accumulated in f32. The roundings are those of transformers' Qwen2 modelling code, so that greedy tokens agree.
+ *
+ * Every reduction has an order that the shapes alone set: a row's result does not depend on the other rows of the step. */
+#ifndef LLA_KERNELS_H
+#define LLA_KERNELS_H
+
+#include "../base/dtype.h"
+#include "../base/status.h"
+
+/* Tokens of one attention split: softmax partial sums cover positions [0, 256), [256, 512), ... and are merged in that order. */
+enum { LLA_ATTN_SPLIT = 256 };
+
+/* Dimensions of one rank's program. */
+struct lla_dims {
+    llaisysDataType_t dtype;
+    size_t hidden, nhead, nkvhead, head_dim, ffn;
+    size_t vocab;            /* rows of this rank's lm_head */
+    size_t kv_block;         /* tokens of a KV block */
+    size_t max_blocks;       /* columns of the block table */
+    size_t max_rows;         /* rows of the largest step */
+    size_t max_seqs;         /* rows of the block table, and logit rows at most */
+    size_t max_splits;       /* attention splits of a step in which each sequence has one row, at most */
+    float eps;
+};
+
+/* The step region: all that changes from step to step, and its results. Written by the host before the program runs. */
+struct lla_step_header {
+    int32_t nrow;   /* R */
+    int32_t nlogit; /* rows whose next token is wanted, L */
+};
+
+struct lla_sampling_row {
+    float temperature; /* 0: greedy */
+    float top_p;
+    int32_t top_k; /* 0: all */
+    int32_t position; /* of the row that predicts; the random number's counter */
+    uint64_t seed;
+};
+
+/* Offsets of the step region's parts. */
+struct lla_io {
+    size_t header;      /* struct lla_step_header */
+    size_t tokens;      /* i32 [max_rows] */
+    size_t positions;   /* i32 [max_rows] */
+    size_t row_seq;     /* i32 [max_rows]: sequence slot of the row */
+    size_t block_table; /* i32 [max_seqs, max_blocks]: KV block of a slot's positions */
+    size_t logit_rows;  /* i32 [max_seqs]: rows whose logits are wanted */
+    size_t sampling;    /* struct lla_sampling_row [max_seqs], by logit row */
+    size_t next;        /* i32 [max_seqs]: the chosen tokens, out */
+};
+
+/* x [R, hidden] = rows `tokens` of weight [vocab, hidden]. */
+struct lla_embed_args {
+    size_t weight, x;
+};
+
+/* n = round(norm * round(x / sqrt(mean(x^2) + eps)));  y = round(n w^T + bias), w [(nhead + 2 nkvhead) head_dim, hidden].
+ * q and k are rotated by position: with halves a, b of a head and the table's rounded cos, sin:
+ * a' = round(round(a cos) - round(b sin)), b' = round(round(b cos) + round(a sin)).
+ * q [R, nhead, head_dim] out; k, v go to their cache slot: cache [nblock, nkvhead, kv_block, head_dim].
+ * rope [max_seq, head_dim]: head_dim/2 cosines, then as many sines. normed and qkv are scratch. */
+struct lla_qkv_args {
+    size_t x, norm, w, bias, rope, normed, qkv, q, k_cache, v_cache;
+};
+
+/* out [R, nhead, head_dim] = round(softmax(q k^T / sqrt(head_dim)) v) over positions 0 .. the row's own, through the block table. Scores,
+ * exponentials and sums in f32, by splits of LLA_ATTN_SPLIT tokens. partial: f32 [max_splits, nhead, head_dim + 2]. */
+struct lla_attention_args {
+    size_t q, k_cache, v_cache, partial, out;
+};
+
+/* x [R, hidden] = round(x + round(in w^T)), in [R, k], w [hidden, k]: the O and down projections with their residual. */
+struct lla_linear_add_args {
+    size_t in, w, x, k;
+};
+
+/* n as in qkv;  g = round(n wg^T), u = round(n wu^T), w = [wg; wu] [2 ffn, hidden];  act [R, ffn] = round(round(g / (1 + e^-g)) u). */
+struct lla_gate_up_args {
+    size_t x, norm, w, normed, act;
+};
+
+/* For the L logit rows: n as in qkv;  logits [L, vocab] = round(n w^T). */
+struct lla_head_args {
+    size_t x, norm, w, normed, logits;
+};
+
+/* next [L]: the greedy token (first of equals), or sampled as struct LlaisysSampling says. candidates: scratch
+ * struct lla_candidate [max_seqs, vocab]. */
+struct lla_candidate {
+    float value;
+    int32_t token;
+};
+struct lla_sample_args {
+    size_t logits, candidates;
+};
+
+/* Every op: NAME, function suffix and argument member. The CPU functions are lla_cpu_<suffix>, the CUDA ones lla_cuda_<suffix>. */
+#define LLA_NODE_OPS(X)      \
+    X(EMBED, embed)          \
+    X(QKV, qkv)              \
+    X(ATTENTION, attention)  \
+    X(LINEAR_ADD, linear_add) \
+    X(GATE_UP, gate_up)      \
+    X(HEAD, head)            \
+    X(SAMPLE, sample)
+
+enum lla_op {
+#define X(NAME, suffix) LLA_OP_##NAME,
+    LLA_NODE_OPS(X)
+#undef X
+        LLA_OP_COUNT
+};
+
+/* What every node of a program sees. */
+struct lla_ctx {
+    char *arena;
+    const struct lla_dims *dims;
+    const struct lla_io *io;
+};
+
+/* The calling thread's place in the team that runs a node; all threads of the team call the node's function. */
+struct lla_team {
+    size_t rank, size;
+};
+
+#define X(NAME, suffix) \
+    void lla_cpu_##suffix(const struct lla_ctx *ctx, const struct lla_##suffix##_args *args, struct lla_team team);
+LLA_NODE_OPS(X)
+#undef X
+
+/* The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable". Chosen at the first call by what the CPU has, or by the
+ * environment variable LLAISYS_CPU_ISA, for diagnosis. */
+const char *lla_cpu_isa_name(void);
+
+/* [max_seq, head_dim] cosines and sines of RoPE in dtype, from double precision: angle = pos / theta^(2j / head_dim). */
+void lla_rope_table(llaisysDataType_t dtype, size_t max_seq, size_t head_dim, double theta, void *out);
+
+#endif
