@@ -1,0 +1,126 @@
+#include "runner.h"
+
+#include "arena.h"
+
+#include <omp.h>
+#include <time.h>
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static lla_status add_bucket(struct lla_runner *r, size_t rows, size_t logits) {
+    if (r->nprogram && r->programs[r->nprogram - 1].rows >= rows) return LLA_OK;
+    LLA_REQUIRE(r->nprogram < LLA_MAX_BUCKETS, LLA_ELIMIT, "more than %d buckets", LLA_MAX_BUCKETS);
+    LLA_TRY(lla_program_build(&r->graph, rows, logits, &r->programs[r->nprogram]));
+    r->nprogram++;
+    return LLA_OK;
+}
+
+/* Decode: 1, 2, 4, ... up to max_seqs rows; prefill: powers of four above that, up to the largest step. */
+static lla_status build_buckets(struct lla_runner *r) {
+    const size_t seqs = r->graph.dims.max_seqs, rows = r->graph.dims.max_rows;
+    size_t n = 1;
+    for (; n < seqs; n *= 2) LLA_TRY(add_bucket(r, n, n));
+    LLA_TRY(add_bucket(r, seqs, seqs));
+    for (n *= 4; n < rows; n *= 4) LLA_TRY(add_bucket(r, n, seqs));
+    return add_bucket(r, rows, seqs);
+}
+
+lla_status lla_runner_create(const struct lla_spec *spec, const struct lla_limits *limits, struct lla_shard shard, int nthread,
+                             struct lla_runner *runner) {
+    memset(runner, 0, sizeof *runner);
+    lla_status status;
+    runner->nthread = nthread > 0 ? nthread : omp_get_num_procs();
+    LLA_TRY(lla_graph_make(spec, limits, shard, &runner->graph));
+    LLA_TRY_GOTO(status, lla_plan_fit(&runner->graph.plan, lla_memory_available()), fail);
+    const double start = now();
+    LLA_TRY_GOTO(status, lla_arena_alloc(runner->graph.plan.total, &runner->arena), fail);
+    const double allocated = now();
+    lla_graph_init_arena(&runner->graph, runner->arena);
+    LLA_TRY_GOTO(status, build_buckets(runner), fail);
+    runner->alloc_seconds = allocated - start;
+    runner->build_seconds = now() - allocated;
+    return LLA_OK;
+fail:
+    lla_runner_destroy(runner);
+    return status;
+}
+
+void lla_runner_destroy(struct lla_runner *runner) {
+    for (size_t i = 0; i < runner->nprogram; i++) lla_program_free(&runner->programs[i]);
+    lla_arena_free(runner->arena, runner->graph.plan.total);
+    lla_graph_free(&runner->graph);
+    memset(runner, 0, sizeof *runner);
+}
+
+static lla_status check(const struct lla_runner *r, const struct lla_step_seq *seqs, size_t nseq, size_t *rows, size_t *logits) {
+    const struct lla_dims *d = &r->graph.dims;
+    const struct lla_plan *plan = &r->graph.plan;
+    *rows = *logits = 0;
+    for (size_t i = 0; i < nseq; i++) {
+        const struct lla_step_seq *s = &seqs[i];
+        LLA_REQUIRE(s->slot < d->max_seqs, LLA_EINVAL, "sequence slot %zu, expected less than %zu", s->slot, d->max_seqs);
+        LLA_REQUIRE(s->ntoken > 0, LLA_EINVAL, "a step needs at least one token of each sequence");
+        LLA_REQUIRE(s->position0 <= plan->limits.max_seq && s->ntoken <= plan->limits.max_seq - s->position0, LLA_ELIMIT,
+                    "%zu tokens behind %zu exceed the sequence limit of %zu tokens", s->ntoken, s->position0,
+                    plan->limits.max_seq);
+        for (size_t j = 0; j < s->ntoken; j++)
+            LLA_REQUIRE(s->tokens[j] >= 0 && (uint64_t)s->tokens[j] < plan->spec.vocab, LLA_EINVAL,
+                        "token %zu is %lld, expected an id from 0 to %zu", j, (long long)s->tokens[j], plan->spec.vocab - 1);
+        const size_t blocks = (s->position0 + s->ntoken + d->kv_block - 1) / d->kv_block;
+        for (size_t b = 0; b < blocks; b++)
+            LLA_REQUIRE(s->blocks[b] > 0 && (size_t)s->blocks[b] < plan->nblock, LLA_EINVAL,
+                        "KV block %d, expected 1 to %zu", s->blocks[b], plan->nblock - 1);
+        *rows += s->ntoken;
+        *logits += s->want_next;
+    }
+    LLA_REQUIRE(nseq > 0 && *rows <= d->max_rows, LLA_ELIMIT, "a step of %zu rows, the plan allows 1 to %zu", *rows, d->max_rows);
+    return LLA_OK;
+}
+
+lla_status lla_runner_step(struct lla_runner *r, const struct lla_step_seq *seqs, size_t nseq, int64_t *next) {
+    size_t rows, logits;
+    LLA_TRY(check(r, seqs, nseq, &rows, &logits));
+    const struct lla_io *io = &r->graph.io;
+    const struct lla_dims *d = &r->graph.dims;
+    int32_t *tokens = (int32_t *)(r->arena + io->tokens), *positions = (int32_t *)(r->arena + io->positions);
+    int32_t *row_seq = (int32_t *)(r->arena + io->row_seq), *logit_rows = (int32_t *)(r->arena + io->logit_rows);
+    int32_t *table = (int32_t *)(r->arena + io->block_table);
+    struct lla_sampling_row *sampling = (struct lla_sampling_row *)(r->arena + io->sampling);
+    *(struct lla_step_header *)(r->arena + io->header) = (struct lla_step_header){(int32_t)rows, (int32_t)logits};
+
+    size_t row = 0, logit = 0;
+    for (size_t i = 0; i < nseq; i++) {
+        const struct lla_step_seq *s = &seqs[i];
+        const size_t blocks = (s->position0 + s->ntoken + d->kv_block - 1) / d->kv_block;
+        memcpy(table + s->slot * d->max_blocks, s->blocks, blocks * sizeof *table);
+        for (size_t j = 0; j < s->ntoken; j++, row++) {
+            tokens[row] = (int32_t)s->tokens[j];
+            positions[row] = (int32_t)(s->position0 + j);
+            row_seq[row] = (int32_t)s->slot;
+        }
+        if (!s->want_next) continue;
+        logit_rows[logit] = (int32_t)row - 1;
+        sampling[logit] = s->sampling;
+        sampling[logit++].position = (int32_t)(s->position0 + s->ntoken - 1);
+    }
+
+    size_t bucket = 0;
+    while (r->programs[bucket].rows < rows || r->programs[bucket].logits < logits) bucket++;
+    const struct lla_program *program = &r->programs[bucket];
+    lla_exec_cpu(program, r->arena, r->nthread, 0, program->nnode);
+
+    const int32_t *chosen = (const int32_t *)(r->arena + io->next);
+    logit = 0;
+    for (size_t i = 0; i < nseq; i++) next[i] = seqs[i].want_next ? chosen[logit++] : -1;
+    return LLA_OK;
+}
+
+void lla_runner_logits(const struct lla_runner *r, size_t i, float *logits) {
+    const struct lla_dims *d = &r->graph.dims;
+    const char *row = r->arena + r->graph.offset[LLA_B_LOGITS] + i * d->vocab * lla_dtype_size(d->dtype);
+    for (size_t j = 0; j < d->vocab; j++) logits[j] = lla_load_float(row, j, d->dtype);
+}

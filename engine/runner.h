@@ -1,0 +1,43 @@
+/* runner.h: an arena with its programs: takes a step's rows, runs the smallest bucket that holds them, returns the tokens.
+ *
+ * All memory is taken by lla_runner_create; a step allocates nothing. One thread at a time. */
+#ifndef LLA_RUNNER_H
+#define LLA_RUNNER_H
+
+#include "../graph/program.h"
+
+enum { LLA_MAX_BUCKETS = 24 };
+
+struct lla_runner {
+    struct lla_graph graph;
+    char *arena;
+    int nthread;
+    struct lla_program programs[LLA_MAX_BUCKETS]; /* by rows, ascending */
+    size_t nprogram;
+    double alloc_seconds, build_seconds;
+};
+
+/* One sequence's part in a step: its next tokens at positions position0, position0 + 1, ... */
+struct lla_step_seq {
+    size_t slot; /* row of the block table, below max_seqs; one entry a slot */
+    const int64_t *tokens;
+    size_t ntoken; /* positive */
+    size_t position0;
+    const int32_t *blocks; /* KV blocks of positions 0 .. position0 + ntoken - 1 */
+    bool want_next;        /* the token behind the last one */
+    struct lla_sampling_row sampling; /* position is filled in */
+};
+
+/* nthread 0: every core that the process may run on. */
+lla_status lla_runner_create(const struct lla_spec *spec, const struct lla_limits *limits, struct lla_shard shard, int nthread,
+                             struct lla_runner *runner);
+void lla_runner_destroy(struct lla_runner *runner);
+
+/* Runs one step. next [nseq]: the chosen token of each sequence that wants one, else -1. Refuses what the plan does not hold, before
+ * anything is changed. */
+lla_status lla_runner_step(struct lla_runner *runner, const struct lla_step_seq *seqs, size_t nseq, int64_t *next);
+
+/* Logits of the i-th sequence that wanted a next token in the last step, as f32 [vocab]. */
+void lla_runner_logits(const struct lla_runner *runner, size_t i, float *logits);
+
+#endif
