@@ -1,0 +1,44 @@
+# The front door. `make demo` talks to the embedded model; `make test` proves the engine.
+PYTHON := .venv/bin/python
+MODEL ?= models/refrain-mini
+LIB := bindings/llaisys/libllaisys/libllaisys.so
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: all demo test bench gpu-test lint format clean setup setup-dev lib
+
+all: lib
+
+setup:
+	@scripts/setup.sh
+
+setup-dev:
+	@scripts/setup.sh dev
+
+# The library, where the Python package loads it.
+lib: setup
+	@[ -e build/build.ninja ] || meson setup build
+	ninja -C build
+	@cmp -s build/libllaisys.so $(LIB) || cp build/libllaisys.so $(LIB)
+
+demo: lib
+	$(PYTHON) scripts/demo.py --model $(MODEL)
+
+test: setup-dev lib
+	scripts/test.sh
+
+bench: lib
+	build/llaisys-bench $(BENCH)
+
+gpu-test: setup-dev lib
+	scripts/gpu_test.sh
+
+lint: setup-dev
+	scripts/lint.sh
+
+format: setup-dev
+	clang-format -i $$(git ls-files '*.c' '*.h' '*.cu' '*.cuh')
+	ruff format .
+	ruff check --fix .
+
+clean:
+	rm -rf build build-* $(LIB)
