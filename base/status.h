@@ -5,6 +5,10 @@
 #ifndef LLA_STATUS_H
 #define LLA_STATUS_H
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 typedef int lla_status;
 
 enum {
@@ -17,7 +21,7 @@ enum {
     LLA_EDEVICE  /* a device is missing or failed */
 };
 
-/* Sets the thread's message (cut at 1023 bytes) and returns status. */
+/* Sets the thread's message, made valid UTF-8 and cut to 1023 bytes, and returns status. */
 lla_status lla_fail(lla_status status, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 /* Puts "context: " in front of the thread's message; returns status. */
 lla_status lla_fail_in(lla_status status, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
@@ -41,5 +45,9 @@ const char *lla_last_error(void);
     do {                                            \
         if (!(cond)) return lla_fail(status, __VA_ARGS__); \
     } while (0)
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

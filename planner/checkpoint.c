@@ -1,4 +1,5 @@
 /* checkpoint.c: a model folder's shards, mapped and merged into one table of tensors. */
+#include "json.h"
 #include "safetensors.h"
 
 #include <cjson/cJSON.h>
@@ -29,64 +30,6 @@ struct lla_checkpoint {
     struct lla_st_tensor *tensors; /* of all shards, sorted by name */
     size_t count;
 };
-
-/* Opens dir/name for reading, which must be a regular file; *fd is -1 where there is none. */
-static lla_status open_file(const char *dir, const char *name, int *fd, size_t *nbytes) {
-    char shown[LLA_SHOWN], *path = NULL;
-    struct stat info;
-    *fd = -1;
-    LLA_REQUIRE(asprintf(&path, "%s/%s", dir, name) >= 0, LLA_ENOMEM, "%s: out of memory", name);
-    do *fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a FIFO must not hang us */
-    while (*fd < 0 && errno == EINTR);
-    int error = errno;
-    free(path);
-    if (*fd < 0 && error == ENOENT) return LLA_OK;
-    lla_clip(dir, shown);
-    LLA_REQUIRE(*fd >= 0, LLA_EIO, "%s: cannot be opened in folder '%s': %s", name, shown, strerror(error));
-    if (!fstat(*fd, &info) && S_ISREG(info.st_mode)) {
-        *nbytes = (size_t)info.st_size;
-        return LLA_OK;
-    }
-    close(*fd);
-    *fd = -1;
-    return lla_fail(LLA_EIO, "%s: expected a regular file in folder '%s', found something else", name, shown);
-}
-
-lla_status lla_read_file(const char *dir, const char *name, size_t limit, char **text, size_t *nbytes) {
-    int fd;
-    size_t size = 0, got = 0;
-    lla_status status = LLA_OK;
-    *text = NULL;
-    *nbytes = 0;
-    LLA_TRY(open_file(dir, name, &fd, &size));
-    if (fd < 0) return LLA_OK;
-    if (size > limit) {
-        status = lla_fail(LLA_ELIMIT, "%s: expected at most %zu bytes, found %zu", name, limit, size);
-        goto done;
-    }
-    char *buf = malloc(size + 1);
-    if (!buf) {
-        status = lla_fail(LLA_ENOMEM, "%s: out of memory for %zu bytes", name, size);
-        goto done;
-    }
-    while (got < size) {
-        ssize_t n = read(fd, buf + got, size - got);
-        if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) {
-            status = lla_fail(LLA_EIO, "%s: expected to read %zu bytes, got %zu: %s", name, size, got,
-                              n ? strerror(errno) : "the file became shorter");
-            free(buf);
-            goto done;
-        }
-        got += (size_t)n;
-    }
-    buf[size] = 0;
-    *text = buf;
-    *nbytes = size;
-done:
-    close(fd);
-    return status;
-}
 
 /* ---- which files ---- */
 
@@ -203,7 +146,7 @@ static lla_status names_from_folder(const char *dir, struct names *names) {
 static lla_status shard_open(const char *dir, const char *name, bool from_index, struct shard *shard) {
     char shown[LLA_SHOWN];
     int fd;
-    LLA_TRY(open_file(dir, name, &fd, &shard->nbytes));
+    LLA_TRY(lla_open_file(dir, name, &fd, &shard->nbytes));
     LLA_REQUIRE(fd >= 0, LLA_EIO, "%s: %sexpected in folder '%s', found no such file", name,
                 from_index ? "named by " INDEX_NAME ", " : "", lla_clip(dir, shown));
     if (shard->nbytes) { /* mmap refuses 0 bytes */

@@ -3,21 +3,22 @@
 
 #include <stdlib.h>
 
-static size_t align_up(size_t n) {
-    return (n + LLA_ALIGN - 1) / LLA_ALIGN * LLA_ALIGN;
-}
+static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+
+static size_t align_up(size_t n) { return round_up(n, LLA_ALIGN); }
 
 static size_t min_size(size_t a, size_t b) {
     return a < b ? a : b;
 }
 
 lla_status lla_limits_resolve(const struct lla_spec *spec, struct lla_limits *limits) {
-    enum { DEFAULT_SEQ = 4096, DEFAULT_CHUNK = 512, DEFAULT_BLOCK = 32 };
-    if (!limits->max_seq) limits->max_seq = min_size(spec->max_position, DEFAULT_SEQ);
+    /* a GPU's step kernels take 64 rows at a time */
+    const size_t default_seq = 4096, default_chunk = limits->device == LLAISYS_DEVICE_CPU ? 512 : 64, default_block = 32;
+    if (!limits->max_seq) limits->max_seq = min_size(spec->max_position, default_seq);
     if (!limits->max_seqs) limits->max_seqs = 1;
-    if (!limits->kv_block) limits->kv_block = DEFAULT_BLOCK;
-    if (!limits->kv_tokens) limits->kv_tokens = limits->max_seq * limits->max_seqs;
-    if (!limits->prefill_chunk) limits->prefill_chunk = min_size(DEFAULT_CHUNK, limits->max_seq);
+    if (!limits->kv_block) limits->kv_block = default_block;
+    if (!limits->kv_tokens) limits->kv_tokens = round_up(limits->max_seq, limits->kv_block) * limits->max_seqs;
+    if (!limits->prefill_chunk) limits->prefill_chunk = min_size(default_chunk, limits->max_seq);
     LLA_REQUIRE(limits->max_seq <= spec->max_position, LLA_ELIMIT,
                 "max_seq is %zu tokens, but the model was made for a context of %zu", limits->max_seq,
                 spec->max_position);
@@ -30,7 +31,7 @@ lla_status lla_limits_resolve(const struct lla_spec *spec, struct lla_limits *li
     LLA_REQUIRE(limits->kv_tokens >= limits->max_seq, LLA_ELIMIT,
                 "kv_tokens is %zu, which does not hold one sequence of max_seq = %zu tokens", limits->kv_tokens,
                 limits->max_seq);
-    LLA_REQUIRE(limits->kv_tokens <= (size_t)1 << 31, LLA_ELIMIT, "kv_tokens is %zu, expected at most 2^31",
+    LLA_REQUIRE(limits->kv_tokens <= (size_t)1 << 30, LLA_ELIMIT, "kv_tokens is %zu, expected at most 2^30",
                 limits->kv_tokens);
     return LLA_OK;
 }
@@ -75,7 +76,8 @@ void lla_plan_blocks(struct lla_plan *plan) {
 static void part(struct lla_weight *w, const char *name, size_t layer, size_t full_rows, size_t full_cols, size_t row0,
                  size_t rows, size_t col0, size_t cols) {
     struct lla_weight_part *p = &w->parts[w->nparts++];
-    *p = (struct lla_weight_part){.ndim = full_cols == 1 ? 1 : 2,
+    const bool is_vector = strstr(name, "norm") || strstr(name, ".bias");
+    *p = (struct lla_weight_part){.ndim = is_vector ? 1 : 2,
                                   .full_rows = full_rows,
                                   .full_cols = full_cols,
                                   .row0 = row0,
@@ -199,6 +201,8 @@ static void place_weights(struct lla_plan *plan) {
     for (size_t i = 0; i < plan->nweight; i++) {
         struct lla_weight *w = &plan->weights[i];
         w->nbytes = w->rows * w->cols * element;
+        if (plan->limits.device == LLAISYS_DEVICE_NVIDIA && w->cols > 1)
+            w->nbytes = round_up(w->rows, LLA_WEIGHT_TILE) * round_up(w->cols, LLA_WEIGHT_TILE) * element;
         if (w->kind == LLA_W_HEAD && s->tied) { /* the rank's rows of the embedding table, which lies first */
             w->offset = plan->weights[0].offset + plan->vocab0 * s->hidden * element;
             continue;

@@ -11,10 +11,11 @@
 
 #include <stdio.h>
 
-enum { LLA_ALIGN = 256, LLA_MAX_PARTS = 3, LLA_NAME = 80 };
+enum { LLA_ALIGN = 256, LLA_MAX_PARTS = 3, LLA_NAME = 80, LLA_WEIGHT_TILE = 16 };
 
 /* What bounds the memory of an engine; all in tokens, sequences or rows. Every field is positive once resolved. */
 struct lla_limits {
+    llaisysDeviceType_t device; /* where the arena lies: on NVIDIA, matrices are padded to tiles of LLA_WEIGHT_TILE */
     size_t max_seq;       /* tokens of one sequence, prompt and answer together */
     size_t max_seqs;      /* sequences that can be in flight at once */
     size_t kv_tokens;     /* tokens held by the KV cache over all sequences, rounded up to blocks */

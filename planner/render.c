@@ -1,21 +1,13 @@
 /* render.c: the plan as a table for people and as JSON for programs. The picture is in render_svg.c. */
-#include "plan.h"
+#include "render.h"
 
 #include <locale.h>
 #include <math.h>
-
-/* Shared with render_svg.c. */
-enum { RENDER_PADDING = LLA_R_ACTIVATION + 1, RENDER_CLASSES };
-lla_status lla_plan_render_svg(const struct lla_plan *plan, FILE *out);
-const char *lla_render_size(char out[24], size_t nbytes);
-const char *lla_render_count(char out[32], size_t value);
-lla_status lla_render_totals(const struct lla_plan *plan, size_t bytes[RENDER_CLASSES]);
 
 static const char *const class_names[RENDER_CLASSES] = {"weights", "tables", "kv", "step", "activations", "padding"};
 static const char *const weight_names[LLA_W_KINDS] = {"embed",    "attn_norm", "qkv",  "qkv_bias", "o",
                                                       "mlp_norm", "gate_up",   "down", "norm",     "head"};
 
-/* "89.3 MiB": three digits and a bit, binary units. */
 const char *lla_render_size(char out[24], size_t nbytes) {
     static const char *const unit[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"};
     double value = (double)nbytes;
@@ -26,7 +18,6 @@ const char *lla_render_size(char out[24], size_t nbytes) {
     return out;
 }
 
-/* "3,554,176,256". */
 const char *lla_render_count(char out[32], size_t value) {
     char digits[24];
     int n = snprintf(digits, sizeof digits, "%zu", value), at = 0;
@@ -38,7 +29,6 @@ const char *lla_render_count(char out[32], size_t value) {
     return out;
 }
 
-/* Bytes of each class, with what alignment adds as a class of its own, so that they sum to the arena. */
 lla_status lla_render_totals(const struct lla_plan *plan, size_t bytes[RENDER_CLASSES]) {
     size_t sum = plan->activation_bytes;
     memset(bytes, 0, RENDER_CLASSES * sizeof *bytes);
@@ -287,14 +277,15 @@ static lla_status render_text(const struct lla_plan *plan, FILE *out) {
  * One object; every number is exact and in bytes, tokens, rows or nodes; keys keep this order:
  *
  *   "version": 1
- *   "spec":    {dtype, layers, hidden, heads, kv_heads, head_dim, ffn, vocab, max_position, tied, eps, theta, eos:
- * [..]} "limits":  {max_seq, max_seqs, kv_tokens, kv_block, prefill_chunk} "shard":   {rank, degree, heads, kv_heads,
- * kv_head0, ffn, vocab, vocab0}      this rank's share "kv":      {blocks, dummy_blocks, blocks_per_seq, tokens,
- * bytes_per_token}    blocks includes the dummy "step":    {max_rows, nodes: [name, ..], repeat: {first, last, times}}
- * nodes first .. last run `times` times "totals":  {weights, tables, kv, step, activations, padding, total,
- * activation_sum} the first six sum to total; activation_sum is what activations would take without overlaying
- *   "regions": [{name, class, shape, offset, nbytes, first, last}, ..]            in order of offset
- *              class is a key of totals; activations may share bytes; first and last are nodes
+ *   "spec":    {dtype, layers, hidden, heads, kv_heads, head_dim, ffn, vocab, max_position, tied, eps, theta, eos: []}
+ *   "limits":  {max_seq, max_seqs, kv_tokens, kv_block, prefill_chunk}
+ *   "shard":   {rank, degree, heads, kv_heads, kv_head0, ffn, vocab, vocab0}; the counts are this rank's share
+ *   "kv":      {blocks, dummy_blocks, blocks_per_seq, tokens, bytes_per_token}; blocks includes the dummy
+ *   "step":    {max_rows, nodes: [name, ..], repeat: {first, last, times}}; nodes first .. last run `times` times
+ *   "totals":  {weights, tables, kv, step, activations, padding, total, activation_sum}; the first six sum to total;
+ *              activation_sum is what activations would take without overlaying
+ *   "regions": [{name, class, shape, offset, nbytes, first, last}, ..], in order of offset; class is a key of totals;
+ *              activations may share bytes; first and last are nodes
  *   "weights": [{kind, layer, rows, cols, offset, nbytes, parts: [{name, row0, rows, col0, cols, dst_row}, ..]}, ..]
  */
 

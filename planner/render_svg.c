@@ -1,23 +1,10 @@
-/* render_svg.c: the plan as a picture: a map of the arena to scale, enlarged where it is too fine to see, and the
- * lifetimes of the activations over the nodes of a step. One file of plain shapes: no scripts, styles or fonts from
- * elsewhere. */
-#include "plan.h"
+/* render_svg.c: the plan as a picture: a map of the arena to scale, enlarged where it is too fine to see; under it the
+ * lifetimes of render_lifetimes.c. One file of plain shapes: no scripts, styles or fonts from elsewhere. */
+#include "render.h"
 
 #include <stdlib.h>
 
-/* From render.c. */
-enum { RENDER_PADDING = LLA_R_ACTIVATION + 1, RENDER_CLASSES };
-const char *lla_render_size(char out[24], size_t nbytes);
-const char *lla_render_count(char out[32], size_t value);
-lla_status lla_render_totals(const struct lla_plan *plan, size_t bytes[RENDER_CLASSES]);
-lla_status lla_plan_render_svg(const struct lla_plan *plan, FILE *out);
-
-enum { PAGE = 1200, LEFT = 40, RIGHT = PAGE - LEFT, MAX_WINDOWS = 8 };
-
-#define INK "#1f2937"
-#define FAINT "#6b7280"
-#define LINE "#d7dce3"
-#define PAPER "#fcfcfd"
+enum { MAX_WINDOWS = 8 };
 
 /* What a byte of the arena belongs to: the rows of the legend. */
 enum part {
@@ -40,24 +27,17 @@ static const struct {
     const char *name, *fill, *tint, *ink; /* tint: every other piece, ink: text on both */
 } part_look[PARTS] = {
     [PART_EMBED] = {"embedding", "#2f4a7a", "#2f4a7a", "#ffffff"},
-    [PART_QKV] = {"QKV projections", "#8fb3e8", "#a4c1ec", INK},
-    [PART_O] = {"attention outputs", "#b9d0f3", "#c8daf6", INK},
+    [PART_QKV] = {"QKV projections", "#8fb3e8", "#a4c1ec", SVG_INK},
+    [PART_O] = {"attention outputs", "#b9d0f3", "#c8daf6", SVG_INK},
     [PART_GATE_UP] = {"gate and up", "#3f6fbf", "#5580c8", "#ffffff"},
     [PART_DOWN] = {"down", "#6592d8", "#7aa1de", "#ffffff"},
-    [PART_NORM] = {"norms and biases", "#9aa5b8", "#9aa5b8", INK},
+    [PART_NORM] = {"norms and biases", "#9aa5b8", "#9aa5b8", SVG_INK},
     [PART_HEAD] = {"LM head", "#465f90", "#465f90", "#ffffff"},
     [PART_TABLE] = {"tables", "#8b6fc4", "#9c83ce", "#ffffff"},
     [PART_KV] = {"KV cache", "#1f8a80", "#27958b", "#ffffff"},
-    [PART_STEP] = {"step inputs and outputs", "#eab04a", "#f0c373", INK},
-    [PART_ACTIVATION] = {"activations", "#dd6b52", "#e27f69", "#ffffff"},
-    [PART_PADDING] = {"alignment", "#e5e7eb", "#e5e7eb", INK},
-};
-
-/* Fill and edge of the buffers in the picture of lifetimes. */
-static const char *const buffer_look[][2] = {
-    {"#fde4dd", "#d2583f"}, {"#dbe7fb", "#3f6fbf"}, {"#fcedcd", "#c08a1e"}, {"#d5efeb", "#1f8a80"},
-    {"#e9e1f7", "#7d5fbd"}, {"#dfefdc", "#4f9655"}, {"#fadfe9", "#bf4f7c"}, {"#e4e8ef", "#64748b"},
-    {"#d9eef5", "#2c87a8"}, {"#f0ebdc", "#8f7a3d"},
+    [PART_STEP] = {"step inputs and outputs", "#eab04a", "#f0c373", SVG_INK},
+    [PART_ACTIVATION] = {"activations", SVG_ACTIVATION, "#e27f69", "#ffffff"},
+    [PART_PADDING] = {"alignment", "#e5e7eb", "#e5e7eb", SVG_INK},
 };
 
 /* ---- shapes ---- */
@@ -73,8 +53,7 @@ static void escaped(FILE *out, const char *text) {
     }
 }
 
-/* An upper bound of the width of text in common sans-serif faces, so that what is said to fit does in all of them. */
-static double text_width(const char *text, double size, bool bold) {
+double lla_svg_text_width(const char *text, double size, bool bold) {
     double em = 0;
     for (; *text; text++) {
         char c = *text;
@@ -85,10 +64,8 @@ static double text_width(const char *text, double size, bool bold) {
     return em * size * (bold ? 1.08 : 1);
 }
 
-enum anchor { START, MIDDLE, END };
-
-static void label(FILE *out, double x, double y, double size, enum anchor anchor, const char *fill, bool bold,
-                  const char *text) {
+void lla_svg_label(FILE *out, double x, double y, double size, enum lla_svg_anchor anchor, const char *fill, bool bold,
+                   const char *text) {
     static const char *const anchors[] = {"start", "middle", "end"};
     fprintf(out, "<text x=\"%.1f\" y=\"%.1f\" font-size=\"%g\" fill=\"%s\" text-anchor=\"%s\"%s>", x, y, size, fill,
             anchors[anchor], bold ? " font-weight=\"600\"" : "");
@@ -96,14 +73,15 @@ static void label(FILE *out, double x, double y, double size, enum anchor anchor
     fputs("</text>\n", out);
 }
 
-static void heading(FILE *out, double y, const char *title, const char *more) {
-    fprintf(out, "<text x=\"%d\" y=\"%.1f\" font-size=\"17\" font-weight=\"600\" fill=\"" INK "\">%s", LEFT, y, title);
-    fprintf(out, "<tspan dx=\"10\" font-size=\"13\" font-weight=\"400\" fill=\"" FAINT "\">%s</tspan></text>\n", more);
+void lla_svg_heading(FILE *out, double y, const char *title, const char *more) {
+    fprintf(out, "<text x=\"%d\" y=\"%.1f\" font-size=\"17\" font-weight=\"600\" fill=\"" SVG_INK "\">%s", SVG_LEFT, y,
+            title);
+    fprintf(out, "<tspan dx=\"10\" font-size=\"13\" font-weight=\"400\" fill=\"" SVG_FAINT "\">%s</tspan></text>\n",
+            more);
 }
 
-/* A rectangle whose tooltip is title, if any; the caller's `more` are further attributes. */
-static void box(FILE *out, double x, double y, double w, double h, double radius, const char *fill, const char *more,
-                const char *title) {
+void lla_svg_box(FILE *out, double x, double y, double w, double h, double radius, const char *fill, const char *more,
+                 const char *title) {
     fprintf(out, "<rect x=\"%.2f\" y=\"%.2f\" width=\"%.2f\" height=\"%.2f\" rx=\"%g\" fill=\"%s\"%s%s", x, y, w, h,
             radius, fill, *more ? " " : "", more);
     if (title) {
@@ -115,21 +93,9 @@ static void box(FILE *out, double x, double y, double w, double h, double radius
     }
 }
 
-static void line(FILE *out, double x0, double y0, double x1, double y1, const char *stroke, const char *more) {
+void lla_svg_line(FILE *out, double x0, double y0, double x1, double y1, const char *stroke, const char *more) {
     fprintf(out, "<path d=\"M%.1f %.1fL%.1f %.1f\" stroke=\"%s\" fill=\"none\"%s%s/>\n", x0, y0, x1, y1, stroke,
             *more ? " " : "", more);
-}
-
-/* Bold text cut with an ellipsis to fit in width; false where not even three letters do. */
-static bool fit(char out[LLA_NAME + 4], const char *text, double size, double width) {
-    snprintf(out, LLA_NAME, "%s", text);
-    for (size_t n = strlen(out); text_width(out, size, true) > width;) {
-        do n--;
-        while (n > 3 && ((unsigned char)out[n] & 0xc0) == 0x80);
-        if (n < 3) return false;
-        memcpy(out + n, "…", sizeof "…");
-    }
-    return true;
 }
 
 /* ---- the arena ---- */
@@ -230,7 +196,7 @@ static void strip_windows(struct strip *s, const struct piece *pieces, size_t co
         s->windows[s->n - 1].end = end;
     }
     for (size_t i = 0; i < s->n; i++) s->nbytes += s->windows[i].end - s->windows[i].begin;
-    double room = RIGHT - LEFT - gap * (double)(s->n ? s->n - 1 : 0), x = LEFT, least = 3;
+    double room = SVG_RIGHT - SVG_LEFT - gap * (double)(s->n ? s->n - 1 : 0), x = SVG_LEFT, least = 3;
     if (s->nbytes) s->scale = (room - least * (double)s->n) / (double)s->nbytes;
     for (size_t i = 0; i < s->n; i++) {
         s->windows[i].x = x;
@@ -246,7 +212,7 @@ static double strip_x(const struct strip *s, size_t offset) {
             size_t span = w->end - w->begin;
             return w->x + (offset > w->begin && span ? w->w * ((double)(offset - w->begin) / (double)span) : 0);
         }
-    return RIGHT;
+    return SVG_RIGHT;
 }
 
 /* The bands that join what is enlarged to where it is; straight at their lower end, where the caption stands. */
@@ -275,10 +241,10 @@ static void draw_pieces(FILE *out, const struct strip *s, const struct piece *pi
                         const char *id) {
     fprintf(out, "<clipPath id=\"%s\">", id);
     for (size_t i = 0; i < s->n; i++)
-        box(out, s->windows[i].x, s->y, s->windows[i].w, s->h, s->windows[i].w < 12 ? 1 : 7, "#000", "", NULL);
+        lla_svg_box(out, s->windows[i].x, s->y, s->windows[i].w, s->h, s->windows[i].w < 12 ? 1 : 7, "#000", "", NULL);
     fprintf(out, "</clipPath>\n<g clip-path=\"url(#%s)\">\n", id);
     for (size_t i = 0; i < s->n; i++)
-        box(out, s->windows[i].x, s->y, s->windows[i].w, s->h, 0, part_look[PART_PADDING].fill, "", NULL);
+        lla_svg_box(out, s->windows[i].x, s->y, s->windows[i].w, s->h, 0, part_look[PART_PADDING].fill, "", NULL);
     for (size_t i = 0; i < count; i++) {
         const struct piece *p = &pieces[i];
         if (!in_mask(p, mask) || !p->nbytes) continue;
@@ -287,9 +253,9 @@ static void draw_pieces(FILE *out, const struct strip *s, const struct piece *pi
         if (w < 0.04) continue; /* norms of a large model: nothing to see or to point at */
         piece_title(title, p);
         bool first_of_layer = p->in_layer && i && pieces[i - 1].layer != p->layer;
-        double notch = w > 8 && (first_of_layer || !p->in_layer) && x > LEFT + 1 ? 0.8 : 0;
-        box(out, x + notch, s->y, w - notch, s->h, 0, p->odd ? part_look[p->part].tint : part_look[p->part].fill, "",
-            title);
+        double notch = w > 8 && (first_of_layer || !p->in_layer) && x > SVG_LEFT + 1 ? 0.8 : 0;
+        lla_svg_box(out, x + notch, s->y, w - notch, s->h, 0,
+                    p->odd ? part_look[p->part].tint : part_look[p->part].fill, "", title);
     }
     fputs("</g>\n", out);
 }
@@ -297,16 +263,16 @@ static void draw_pieces(FILE *out, const struct strip *s, const struct piece *pi
 /* The label of a run of pieces in the arena's strip; over a pattern it stands on paper. */
 static void run_label(FILE *out, const struct strip *s, double x, double w, const char *name, const char *size,
                       const char *ink, bool paper) {
-    double need = text_width(name, 13, true), second = text_width(size, 12, false), middle = x + w / 2;
+    double need = lla_svg_text_width(name, 13, true), second = lla_svg_text_width(size, 12, false), middle = x + w / 2;
     if (second > need) need = second;
     if (need + 12 + 12 * paper > w) return;
     if (paper) {
-        box(out, middle - need / 2 - 10, s->y + s->h / 2 - 22, need + 20, 44, 9, "#ffffff",
-            "fill-opacity=\"0.93\" pointer-events=\"none\"", NULL);
-        ink = INK;
+        lla_svg_box(out, middle - need / 2 - 10, s->y + s->h / 2 - 22, need + 20, 44, 9, "#ffffff",
+                    "fill-opacity=\"0.93\" pointer-events=\"none\"", NULL);
+        ink = SVG_INK;
     }
-    label(out, middle, s->y + s->h / 2 - 3, 13, MIDDLE, ink, true, name);
-    label(out, middle, s->y + s->h / 2 + 14, 12, MIDDLE, ink, false, size);
+    lla_svg_label(out, middle, s->y + s->h / 2 - 3, 13, SVG_MIDDLE, ink, true, name);
+    lla_svg_label(out, middle, s->y + s->h / 2 + 14, 12, SVG_MIDDLE, ink, false, size);
 }
 
 static void arena_labels(FILE *out, const struct lla_plan *plan, const struct strip *s, const struct piece *pieces,
@@ -340,25 +306,25 @@ static void arena_ticks(FILE *out, const struct lla_plan *plan, const struct str
     size_t step = 1;
     while (plan->total / step >= 12) step *= 2;
     char total[24];
-    double end = RIGHT - text_width(lla_render_size(total, plan->total), 11, true) - 12;
+    double end = SVG_RIGHT - lla_svg_text_width(lla_render_size(total, plan->total), 11, true) - 12;
     for (size_t at = 0; at < plan->total; at += step) {
         char size[24];
         double x = strip_x(s, at);
         lla_render_size(size, at);
         if (!at) snprintf(size, sizeof size, "0");
-        if (at && x + text_width(size, 11, false) / 2 > end) break;
-        line(out, x, s->y - 6, x, s->y - 1, "#9ca3af", "");
-        label(out, x, s->y - 11, 11, at ? MIDDLE : START, FAINT, false, size);
+        if (at && x + lla_svg_text_width(size, 11, false) / 2 > end) break;
+        lla_svg_line(out, x, s->y - 6, x, s->y - 1, "#9ca3af", "");
+        lla_svg_label(out, x, s->y - 11, 11, at ? SVG_MIDDLE : SVG_START, SVG_FAINT, false, size);
         if (step > plan->total - at) break;
     }
-    line(out, RIGHT, s->y - 6, RIGHT, s->y - 1, "#9ca3af", "");
-    label(out, RIGHT, s->y - 11, 11, END, INK, true, total);
+    lla_svg_line(out, SVG_RIGHT, s->y - 6, SVG_RIGHT, s->y - 1, "#9ca3af", "");
+    lla_svg_label(out, SVG_RIGHT, s->y - 11, 11, SVG_END, SVG_INK, true, total);
 }
 
 /* Labels of an enlarged strip: inside where they fit, else below with a leader, left to right as long as there is room.
  */
 static double zoom_labels(FILE *out, const struct strip *s, const struct piece *pieces, size_t count, unsigned mask) {
-    double free_x = LEFT, need_left = 0, bottom = s->y + s->h;
+    double free_x = SVG_LEFT, need_left = 0, bottom = s->y + s->h;
     bool below = false;
     char text[LLA_NAME + 32], size[24];
     for (int pass = 0; pass < 2; pass++) /* the first adds up what stands below, so that all of it stays on the page */
@@ -367,23 +333,23 @@ static double zoom_labels(FILE *out, const struct strip *s, const struct piece *
             if (!in_mask(p, mask)) continue;
             double x = strip_x(s, p->offset), w = strip_x(s, p->offset + p->nbytes) - x, middle = x + w / 2;
             snprintf(text, sizeof text, "%s  %s", p->name, lla_render_size(size, p->nbytes));
-            double inside = text_width(p->name, 12, true), second = text_width(size, 11, false);
-            double width = text_width(text, 11, false);
+            double inside = lla_svg_text_width(p->name, 12, true), second = lla_svg_text_width(size, 11, false);
+            double width = lla_svg_text_width(text, 11, false);
             if ((inside > second ? inside : second) + 10 <= w) {
                 if (!pass) continue;
-                label(out, middle, s->y + s->h / 2 - 2, 12, MIDDLE, part_look[p->part].ink, true, p->name);
-                label(out, middle, s->y + s->h / 2 + 13, 11, MIDDLE, part_look[p->part].ink, false, size);
+                lla_svg_label(out, middle, s->y + s->h / 2 - 2, 12, SVG_MIDDLE, part_look[p->part].ink, true, p->name);
+                lla_svg_label(out, middle, s->y + s->h / 2 + 13, 11, SVG_MIDDLE, part_look[p->part].ink, false, size);
             } else if (!pass) {
                 need_left += width + 14;
             } else {
                 need_left -= width + 14;
-                double at = middle - width / 2, most = RIGHT - need_left - width;
+                double at = middle - width / 2, most = SVG_RIGHT - need_left - width;
                 if (at > most) at = most;
                 if (at < free_x) at = free_x;
-                if (at + width > RIGHT) continue;
+                if (at + width > SVG_RIGHT) continue;
                 fprintf(out, "<path d=\"M%.1f %.1fV%.1fL%.1f %.1f\" stroke=\"#9ca3af\" fill=\"none\"/>\n", middle,
                         bottom + 2, bottom + 6, at + width / 2, bottom + 14);
-                label(out, at + width / 2, bottom + 26, 11, MIDDLE, INK, false, text);
+                lla_svg_label(out, at + width / 2, bottom + 26, 11, SVG_MIDDLE, SVG_INK, false, text);
                 free_x = at + width + 14;
                 below = true;
             }
@@ -403,7 +369,7 @@ static double draw_zoom(FILE *out, const struct strip *from, struct strip *s, do
     size_t widest = 0;
     for (size_t i = 1; i < s->n; i++)
         if (s->windows[i].w > s->windows[widest].w) widest = i;
-    label(out, s->windows[widest].x + 10, s->y - 9, 12, START, INK, false, caption);
+    lla_svg_label(out, s->windows[widest].x + 10, s->y - 9, 12, SVG_START, SVG_INK, false, caption);
     draw_pieces(out, s, pieces, count, mask, id);
     return zoom_labels(out, s, pieces, count, mask & ~unlabelled);
 }
@@ -415,29 +381,30 @@ static double legend(FILE *out, const struct lla_plan *plan, const struct piece 
     for (size_t i = 0; i < count; i++) bytes[pieces[i].part] += pieces[i].nbytes;
     for (size_t i = 0; i < PARTS; i++) {
         char size[24], share[24];
-        double x = LEFT + (double)(i / 4) * 386, right = x + 348, y = top + (double)(i % 4) * 25;
+        double x = SVG_LEFT + (double)(i / 4) * 386, right = x + 348, y = top + (double)(i % 4) * 25;
         double percent = 100.0 * (double)bytes[i] / (double)plan->total;
         snprintf(share, sizeof share, bytes[i] && percent < 0.005 ? "<0.01%%" : "%.2f%%", percent);
-        box(out, x, y - 10, 12, 12, 3, part_look[i].fill, "", NULL);
-        label(out, x + 20, y, 13, START, INK, false, part_look[i].name);
+        lla_svg_box(out, x, y - 10, 12, 12, 3, part_look[i].fill, "", NULL);
+        lla_svg_label(out, x + 20, y, 13, SVG_START, SVG_INK, false, part_look[i].name);
         if (i == PART_HEAD && plan->spec.tied && !bytes[i]) {
-            label(out, right, y, 13, END, FAINT, false, "the embedding's bytes");
+            lla_svg_label(out, right, y, 13, SVG_END, SVG_FAINT, false, "the embedding's bytes");
             continue;
         }
-        label(out, right - 62, y, 13, END, INK, true, lla_render_size(size, bytes[i]));
-        label(out, right, y, 13, END, FAINT, false, share);
+        lla_svg_label(out, right - 62, y, 13, SVG_END, SVG_INK, true, lla_render_size(size, bytes[i]));
+        lla_svg_label(out, right, y, 13, SVG_END, SVG_FAINT, false, share);
     }
     return top + 4 * 25 - 10;
 }
 
 static lla_status arena_map(FILE *out, const struct lla_plan *plan, size_t padding, double *y) {
     const unsigned small = 1u << PART_TABLE | 1u << PART_STEP | 1u << PART_ACTIVATION, all = (1u << PARTS) - 1;
-    struct piece *pieces = calloc(2 * (plan->nregion + 1), sizeof *pieces), *joined = pieces + plan->nregion + 1;
+    struct piece *pieces = calloc(2 * (plan->nregion + 1), sizeof *pieces);
     LLA_REQUIRE(pieces, LLA_ENOMEM, "cannot get memory for the pieces of %zu regions", plan->nregion);
+    struct piece *joined = pieces + plan->nregion + 1;
     size_t count = make_pieces(plan, pieces), njoined = join(joined, pieces, count, PART_STEP);
 
-    heading(out, *y, "The arena", "every byte, to scale, in order of offset");
-    struct strip arena = {.windows = {{0, plan->total, LEFT, RIGHT - LEFT}}, .n = 1, .nbytes = plan->total};
+    lla_svg_heading(out, *y, "The arena", "every byte, to scale, in order of offset");
+    struct strip arena = {.windows = {{0, plan->total, SVG_LEFT, SVG_RIGHT - SVG_LEFT}}, .n = 1, .nbytes = plan->total};
     arena.y = *y + 46, arena.h = 78;
 
     struct strip part = {.n = 0}, step = {.n = 0};
@@ -463,202 +430,6 @@ static lla_status arena_map(FILE *out, const struct lla_plan *plan, size_t paddi
     return LLA_OK;
 }
 
-/* ---- lifetimes ---- */
-
-/* The chart's axes: nodes to the right, bytes of the activations downwards. Heights are to scale but for small buffers,
- * which are raised until their names can be read; buffers that share bytes share heights all the same. */
-struct chart {
-    const struct lla_region **buffers; /* [n] */
-    size_t n, nnode;
-    size_t *edges; /* [nedge] where a buffer begins or ends, ascending */
-    double *tops;  /* [nedge] */
-    size_t nedge;
-    double x, w, y, h;
-};
-
-static bool drawn(const struct lla_region *r) {
-    return r->kind == LLA_R_ACTIVATION && r->nbytes && r->first <= r->last;
-}
-
-static int size_order(const void *a, const void *b) {
-    size_t x = *(const size_t *)a, y = *(const size_t *)b;
-    return (x > y) - (x < y);
-}
-
-static int buffer_order(const void *a, const void *b) {
-    const struct lla_region *x = *(const struct lla_region *const *)a, *y = *(const struct lla_region *const *)b;
-    return (x->nbytes > y->nbytes) - (x->nbytes < y->nbytes);
-}
-
-static size_t edge_of(const struct chart *c, size_t offset) {
-    return (size_t)((size_t *)bsearch(&offset, c->edges, c->nedge, sizeof *c->edges, size_order) - c->edges);
-}
-
-static void chart_scale(struct chart *c) {
-    const double target = 400, least = c->n <= 14 ? 34 : 22;
-    size_t m = 0;
-    for (size_t i = 0; i < c->n; i++) {
-        c->edges[m++] = c->buffers[i]->offset;
-        c->edges[m++] = c->buffers[i]->offset + c->buffers[i]->nbytes;
-    }
-    qsort(c->edges, m, sizeof *c->edges, size_order);
-    c->nedge = 0;
-    for (size_t i = 0; i < m; i++)
-        if (!i || c->edges[i] != c->edges[c->nedge - 1]) c->edges[c->nedge++] = c->edges[i];
-    double span = (double)(c->edges[c->nedge - 1] - c->edges[0]);
-    for (size_t i = 0; i + 1 < c->nedge; i++)
-        c->tops[i] = 0.5 + target * (double)(c->edges[i + 1] - c->edges[i]) / span;
-    qsort(c->buffers, c->n, sizeof *c->buffers, buffer_order);
-    for (size_t i = 0; i < c->n; i++) { /* smallest first: tops still holds heights */
-        size_t first = edge_of(c, c->buffers[i]->offset),
-               end = edge_of(c, c->buffers[i]->offset + c->buffers[i]->nbytes);
-        double height = 0;
-        for (size_t k = first; k < end; k++) height += c->tops[k];
-        for (size_t k = first; k < end && height < least; k++) c->tops[k] *= least / height;
-    }
-    c->h = 0;
-    for (size_t i = 0; i < c->nedge; i++) {
-        double height = i + 1 < c->nedge ? c->tops[i] : 0;
-        c->tops[i] = c->h;
-        c->h += height;
-    }
-}
-
-static double node_x(const struct chart *c, size_t node) {
-    return c->x + c->w * (double)(node < c->nnode ? node : c->nnode) / (double)c->nnode;
-}
-
-static void chart_columns(FILE *out, const struct lla_plan *plan, const struct chart *c, double bottom) {
-    if (plan->repeat > 1 && plan->repeat_last >= plan->repeat_first && plan->repeat_last < c->nnode) {
-        char text[64];
-        double x = node_x(c, plan->repeat_first), w = node_x(c, plan->repeat_last + 1) - x;
-        box(out, x, c->y - 54, w, bottom - c->y + 54, 10, "#eef3fb", "", NULL);
-        snprintf(text, sizeof text, "layer × %zu", plan->repeat);
-        label(out, x + w / 2, c->y - 36, 12, MIDDLE, "#3f6fbf", true, text);
-    }
-    double free_x = 0;
-    for (size_t i = 0; i < c->nnode; i++) {
-        char text[LLA_NAME];
-        if (plan->node_names)
-            snprintf(text, sizeof text, "%s", plan->node_names[i]);
-        else
-            snprintf(text, sizeof text, "%zu", i);
-        double x = node_x(c, i), middle = (x + node_x(c, i + 1)) / 2, width = text_width(text, 12, true);
-        if (i && c->w / (double)c->nnode > 6) line(out, x, c->y - 6, x, bottom, LINE, "stroke-dasharray=\"2 4\"");
-        if (middle - width / 2 < free_x || middle + width / 2 > RIGHT + 10) continue;
-        label(out, middle, c->y - 14, 12, MIDDLE, INK, true, text);
-        free_x = middle + width / 2 + 8;
-    }
-}
-
-static void chart_buffer(FILE *out, const struct lla_plan *plan, const struct chart *c, const struct lla_region *r,
-                         const char *const look[2]) {
-    char title[400], name[LLA_NAME + 4], size[24], count[32], detail[LLA_NAME + 32];
-    double inset = c->w / (double)c->nnode > 14 ? 3 : 0.3;
-    double x = node_x(c, r->first) + inset, w = node_x(c, r->last + 1) - inset - x;
-    double y = c->y + c->tops[edge_of(c, r->offset)] + 1, h = c->y + c->tops[edge_of(c, r->offset + r->nbytes)] - 1 - y;
-    lla_render_size(size, r->nbytes);
-    snprintf(title, sizeof title, "%s %s: %s (%s bytes) at 0x%zx, nodes %zu to %zu%s", r->name, r->shape, size,
-             lla_render_count(count, r->nbytes), r->offset, r->first, r->last,
-             r->first == 0 && r->last + 1 >= plan->nnode ? ", the whole step" : "");
-    char stroke[64];
-    snprintf(stroke, sizeof stroke, "stroke=\"%s\"", look[1]);
-    if (w < 0.5) w = 0.5;
-    box(out, x, y, w, h, w > 14 ? 6 : 1, look[0], stroke, title);
-    if (w > 24 && h > 16) box(out, x + 5, y + 5, 3, h - 10, 1.5, look[1], "pointer-events=\"none\"", NULL);
-
-    double room = w - 21, text_x = x + 14, middle = y + h / 2, font = 12;
-    if (text_width(r->name, font, true) > room) font = 11;
-    if (h < 15 || !fit(name, r->name, font, room)) return;
-    snprintf(detail, sizeof detail, "%s   %s", size, r->shape);
-    double name_w = text_width(name, font, true) + 8;
-    bool two = h >= 30 && text_width(size, 11, false) <= room;
-    if (!two) room -= name_w, text_x += name_w;
-    const char *second = text_width(detail, 11, false) <= room ? detail : size;
-    label(out, two ? text_x : text_x - name_w, two ? middle - 3.5 : middle + 4, font, START, INK, true, name);
-    if (text_width(second, 11, false) <= room)
-        label(out, text_x, two ? middle + 10.5 : middle + 4, 11, START, FAINT, false, second);
-}
-
-/* Under the chart: the bytes in use at each node. */
-static void chart_live(FILE *out, const struct chart *c, double y) {
-    size_t peak = 0;
-    label(out, c->x - 12, y + 22, 12, END, INK, true, "in use");
-    for (int pass = 0; pass < 2; pass++)
-        for (size_t node = 0; node < c->nnode; node++) {
-            size_t live = 0;
-            char size[24];
-            for (size_t i = 0; i < c->n; i++)
-                if (c->buffers[i]->first <= node && node <= c->buffers[i]->last) live += c->buffers[i]->nbytes;
-            if (!pass) {
-                if (live > peak) peak = live;
-                continue;
-            }
-            double x = node_x(c, node), w = node_x(c, node + 1) - x, inset = w > 14 ? 6 : 0.3;
-            double most = w - 2 * inset, share = peak ? (double)live / (double)peak : 0;
-            lla_render_size(size, live);
-            box(out, x + inset, y + 26, most, 6, w > 14 ? 3 : 0, "#e5e7eb", "", size);
-            box(out, x + inset, y + 26, most * share, 6, w > 14 ? 3 : 0,
-                live == peak ? part_look[PART_ACTIVATION].fill : "#94a3b8", "pointer-events=\"none\"", NULL);
-            if (text_width(size, 11, false) <= w)
-                label(out, x + w / 2, y + 20, 11, MIDDLE, live == peak ? "#b0452e" : FAINT, live == peak, size);
-        }
-}
-
-static void chart_axis(FILE *out, const struct chart *c) {
-    double free_y = -20;
-    char at[24];
-    for (size_t i = 0; i < c->nedge; i++) { /* the end first in right: its label matters most */
-        bool last = i + 1 == c->nedge;
-        if (!last && (c->tops[i] < free_y || c->h - c->tops[i] < 15)) continue;
-        lla_render_size(at, c->edges[i] - c->edges[0]);
-        double y = c->y + c->tops[i];
-        line(out, c->x - 6, y, c->x + c->w, y, LINE, "");
-        label(out, c->x - 12, y + 4, 11, END, FAINT, last, i ? at : "0");
-        free_y = c->tops[i] + 15;
-    }
-}
-
-static lla_status lifetimes(FILE *out, const struct lla_plan *plan, double *y) {
-    struct chart c = {.nnode = plan->nnode ? plan->nnode : 1, .x = LEFT + 84, .w = RIGHT - LEFT - 84};
-    lla_status status = LLA_OK;
-    c.buffers = calloc(plan->nregion + 1, sizeof *c.buffers);
-    c.edges = calloc(2 * plan->nregion + 1, sizeof *c.edges);
-    c.tops = calloc(2 * plan->nregion + 1, sizeof *c.tops);
-    if (!c.buffers || !c.edges || !c.tops) {
-        status = lla_fail(LLA_ENOMEM, "cannot get memory for the lifetimes of %zu regions", plan->nregion);
-        goto done;
-    }
-    for (size_t i = 0; i < plan->nregion; i++) {
-        const struct lla_region *r = &plan->regions[i];
-        if (drawn(r)) c.buffers[c.n++] = r;
-    }
-    if (!c.n) goto done;
-
-    char text[160], sum[24], overlaid[24];
-    size_t saved = plan->activation_sum > plan->activation_bytes ? plan->activation_sum - plan->activation_bytes : 0;
-    snprintf(text, sizeof text, "buffers of %s in %s: %.0f%% saved where lifetimes do not meet",
-             lla_render_size(sum, plan->activation_sum), lla_render_size(overlaid, plan->activation_bytes),
-             plan->activation_sum ? 100.0 * (double)saved / (double)plan->activation_sum : 0.0);
-    heading(out, *y, "Activations over a step", text);
-    chart_scale(&c);
-    c.y = *y + 74;
-    double bottom = c.y + c.h + 52;
-    chart_columns(out, plan, &c, bottom);
-    chart_axis(out, &c);
-    for (size_t i = 0, k = 0; i < plan->nregion; i++) { /* in order of offset, so that neighbours differ in colour */
-        const struct lla_region *r = &plan->regions[i];
-        if (drawn(r)) chart_buffer(out, plan, &c, r, buffer_look[k++ % (sizeof buffer_look / sizeof *buffer_look)]);
-    }
-    chart_live(out, &c, c.y + c.h + 8);
-    *y = bottom;
-done:
-    free(c.buffers);
-    free(c.edges);
-    free(c.tops);
-    return status;
-}
-
 /* ---- the page ---- */
 
 static void header(FILE *out, const struct lla_plan *plan) {
@@ -670,8 +441,8 @@ static void header(FILE *out, const struct lla_plan *plan) {
         if (w->kind != LLA_W_HEAD || !s->tied) params += (double)w->rows * (double)w->cols;
     }
     snprintf(text, sizeof text, "Qwen2 · %zu layers · hidden %zu", s->nlayer, s->hidden);
-    label(out, LEFT, 62, 27, START, INK, true, text);
-    label(out, RIGHT, 62, 27, END, INK, true, lla_render_size(size, plan->total));
+    lla_svg_label(out, SVG_LEFT, 62, 27, SVG_START, SVG_INK, true, text);
+    lla_svg_label(out, SVG_RIGHT, 62, 27, SVG_END, SVG_INK, true, lla_render_size(size, plan->total));
     const char *unit = params >= 1e9 ? "B" : params >= 1e6 ? "M" : "K";
     snprintf(text, sizeof text, "%.3g %s parameters%s",
              params / (*unit == 'B'   ? 1e9
@@ -681,15 +452,15 @@ static void header(FILE *out, const struct lla_plan *plan) {
     size_t n = strlen(text);
     snprintf(text + n, sizeof text - n, " in %s · %zu query and %zu KV heads of %zu · FFN %zu · vocabulary %s",
              lla_dtype_name(s->dtype), s->nhead, s->nkvhead, s->head_dim, s->ffn, lla_render_count(count, s->vocab));
-    label(out, LEFT, 90, 14, START, FAINT, false, text);
-    label(out, RIGHT, 90, 14, END, FAINT, false, "in one arena");
+    lla_svg_label(out, SVG_LEFT, 90, 14, SVG_START, SVG_FAINT, false, text);
+    lla_svg_label(out, SVG_RIGHT, 90, 14, SVG_END, SVG_FAINT, false, "in one arena");
     n = (size_t)snprintf(text, sizeof text, "%zu sequences of up to %zu tokens", plan->limits.max_seqs,
                          plan->limits.max_seq);
     n += (size_t)snprintf(text + n, sizeof text - n, " · %s KV tokens in blocks of %zu · %zu rows a step",
                           lla_render_count(count, plan->limits.kv_tokens), plan->limits.kv_block, plan->max_rows);
-    label(out, LEFT, 112, 14, START, FAINT, false, text);
+    lla_svg_label(out, SVG_LEFT, 112, 14, SVG_START, SVG_FAINT, false, text);
     snprintf(text, sizeof text, "rank %zu of %zu", plan->shard.rank, plan->shard.degree);
-    if (plan->shard.degree > 1) label(out, RIGHT, 112, 14, END, FAINT, false, text);
+    if (plan->shard.degree > 1) lla_svg_label(out, SVG_RIGHT, 112, 14, SVG_END, SVG_FAINT, false, text);
 }
 
 lla_status lla_plan_render_svg(const struct lla_plan *plan, FILE *out) {
@@ -703,7 +474,7 @@ lla_status lla_plan_render_svg(const struct lla_plan *plan, FILE *out) {
     header(memory, plan);
     lla_status status = arena_map(memory, plan, bytes[RENDER_PADDING], &y);
     y += 62;
-    if (!status) status = lifetimes(memory, plan, &y);
+    if (!status) status = lla_plan_render_lifetimes(memory, plan, &y);
     if (fclose(memory) && !status) status = lla_fail(LLA_ENOMEM, "cannot get memory for the picture");
     if (!status) {
         double height = y + 36;
@@ -711,8 +482,8 @@ lla_status lla_plan_render_svg(const struct lla_plan *plan, FILE *out) {
             out,
             "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 %d %.0f\" role=\"img\" aria-label=\"Memory plan: "
             "an arena of %s\" font-family=\"Inter, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif\">\n",
-            PAGE, height, lla_render_size(size, plan->total));
-        box(out, 1, 1, PAGE - 2, height - 2, 18, PAPER, "stroke=\"" LINE "\"", NULL);
+            SVG_PAGE, height, lla_render_size(size, plan->total));
+        lla_svg_box(out, 1, 1, SVG_PAGE - 2, height - 2, 18, SVG_PAPER, "stroke=\"" SVG_LINE "\"", NULL);
         fwrite(body, 1, nbody, out);
         fputs("</svg>\n", out);
     }

@@ -1,7 +1,7 @@
 /* spec.c: config.json and generation_config.json -> a validated spec. */
 #include "spec.h"
 
-#include "safetensors.h"
+#include "json.h"
 
 #include <cjson/cJSON.h>
 #include <math.h>
