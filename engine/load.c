@@ -1,6 +1,7 @@
 #include "load.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <unistd.h>
 
 /* dst [n] of dtype `to` from src [n] of dtype `from`; src may be unaligned. */
@@ -20,8 +21,26 @@ static const char *shape_text(const size_t *shape, size_t ndim, char *text, size
     return text;
 }
 
-static lla_status load_part(const struct lla_weight *w, const struct lla_weight_part *p, llaisysDataType_t dtype,
-                            const struct lla_checkpoint *checkpoint, char *arena) {
+/* Rows [r0, r1) of the part, dense, converted to the model's dtype, by all cores. */
+static void convert_rows(const struct lla_weight_part *p, const struct lla_st_tensor *t, llaisysDataType_t dtype, size_t r0, size_t r1,
+                         char *dst) {
+    const size_t from = lla_dtype_size(t->dtype), to = lla_dtype_size(dtype);
+    const char *src = (const char *)t->data + ((p->row0 + r0) * p->full_cols + p->col0) * from;
+    if (p->cols == p->full_cols) { /* whole rows: pieces of a megabyte, so that all threads fault pages in */
+        const size_t count = (r1 - r0) * p->cols, piece = 1 << 19;
+#pragma omp parallel for schedule(dynamic)
+        for (size_t i = 0; i < count; i += piece)
+            convert(dst + i * to, dtype, src + i * from, t->dtype, count - i < piece ? count - i : piece);
+    } else {
+#pragma omp parallel for
+        for (size_t r = 0; r < r1 - r0; r++)
+            convert(dst + r * p->cols * to, dtype, src + r * p->full_cols * from, t->dtype, p->cols);
+    }
+}
+
+static lla_status load_part(struct lla_runner *runner, const struct lla_weight *w, const struct lla_weight_part *p,
+                            const struct lla_checkpoint *checkpoint, char *staging, size_t staging_bytes) {
+    const llaisysDataType_t dtype = runner->graph.plan.spec.dtype;
     const struct lla_st_tensor *t = lla_checkpoint_find(checkpoint, p->name);
     LLA_REQUIRE(t, LLA_EFORMAT, "tensor '%s' is not in the checkpoint", p->name);
     const size_t want[2] = {p->full_rows, p->full_cols};
@@ -32,35 +51,41 @@ static lla_status load_part(const struct lla_weight *w, const struct lla_weight_
     }
     LLA_REQUIRE(lla_dtype_is_compute(t->dtype), LLA_EFORMAT, "%s: tensor '%s': dtype is %s, expected bf16, f16 or f32", t->file,
                 p->name, lla_dtype_name(t->dtype));
-
-    const size_t from = lla_dtype_size(t->dtype), to = lla_dtype_size(dtype);
-    char *dst = arena + w->offset + p->dst_row * w->cols * to;
-    const char *src = (const char *)t->data + (p->row0 * p->full_cols + p->col0) * from;
-    if (p->cols == p->full_cols) { /* whole rows: pieces of a megabyte, so that all threads fault pages in */
-        const size_t count = p->rows * p->cols, piece = 1 << 19;
-#pragma omp parallel for schedule(dynamic)
-        for (size_t i = 0; i < count; i += piece)
-            convert(dst + i * to, dtype, src + i * from, t->dtype, count - i < piece ? count - i : piece);
-    } else {
-#pragma omp parallel for
-        for (size_t r = 0; r < p->rows; r++)
-            convert(dst + r * p->cols * to, dtype, src + r * p->full_cols * from, t->dtype, p->cols);
+    const size_t row_bytes = w->cols * lla_dtype_size(dtype);
+    if (!staging) { /* host memory: converted where it belongs */
+        convert_rows(p, t, dtype, 0, p->rows, runner->arena + w->offset + p->dst_row * row_bytes);
+        return LLA_OK;
+    }
+    const size_t most = staging_bytes / row_bytes;
+    for (size_t r = 0, n; r < p->rows; r += n) {
+        n = p->rows - r < most ? p->rows - r : most;
+        convert_rows(p, t, dtype, r, r + n, staging);
+        LLA_TRY(lla_runner_store(runner, w, p->dst_row + r, n, staging));
     }
     return LLA_OK;
 }
 
-lla_status lla_load_weights(const struct lla_plan *plan, const struct lla_checkpoint *checkpoint, char *arena,
-                            lla_progress progress) {
+lla_status lla_load_weights(struct lla_runner *runner, const struct lla_checkpoint *checkpoint, lla_progress progress) {
+    enum { STAGING = 32 << 20 };
+    const struct lla_plan *plan = &runner->graph.plan;
+    char *staging = NULL;
+    if (!runner->arena) {
+        staging = malloc(STAGING);
+        LLA_REQUIRE(staging, LLA_ENOMEM, "no memory to stage weights");
+    }
+    lla_status status = LLA_OK;
     size_t done = 0;
     for (size_t i = 0; i < plan->nweight; i++) {
         const struct lla_weight *w = &plan->weights[i];
         if (w->kind == LLA_W_HEAD && plan->spec.tied) continue; /* lies in the embedding table */
         for (size_t j = 0; j < w->nparts; j++)
-            LLA_TRY(load_part(w, &w->parts[j], plan->spec.dtype, checkpoint, arena));
+            LLA_TRY_GOTO(status, load_part(runner, w, &w->parts[j], checkpoint, staging, STAGING), out);
         done += w->nbytes;
         if (progress) progress(done, plan->weight_bytes);
     }
-    return LLA_OK;
+out:
+    free(staging);
+    return status;
 }
 
 void lla_progress_bar(size_t done_bytes, size_t total_bytes) {

@@ -2,16 +2,13 @@
 #ifndef LLA_LOAD_H
 #define LLA_LOAD_H
 
-#include "../planner/plan.h"
-
-#include <stdbool.h>
+#include "runner.h"
 
 /* Called on the loading thread after every tensor. */
 typedef void (*lla_progress)(size_t done_bytes, size_t total_bytes);
 
-/* Writes every weight of the plan to its place. Each source tensor must be there with the shape that the spec asks for. */
-lla_status lla_load_weights(const struct lla_plan *plan, const struct lla_checkpoint *checkpoint, char *arena,
-                            lla_progress progress);
+/* Writes every weight of the runner's plan to its place. Each source tensor must be there with the shape that the spec asks for. */
+lla_status lla_load_weights(struct lla_runner *runner, const struct lla_checkpoint *checkpoint, lla_progress progress);
 
 /* A progress bar on standard error; draws nothing where that is no terminal. */
 void lla_progress_bar(size_t done_bytes, size_t total_bytes);

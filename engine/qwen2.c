@@ -1,6 +1,7 @@
 /* qwen2.c: the LLAISYS Qwen2 model: one sequence over a runner, in slot 0. */
 #include "../include/llaisys/models/qwen2.h"
 
+#include "device.h"
 #include "kvpool.h"
 #include "load.h"
 #include "runner.h"
@@ -23,17 +24,20 @@ struct LlaisysQwen2Model {
 
 static lla_status check_device(llaisysDeviceType_t device, const int *device_ids, int ndevice) {
     LLA_REQUIRE(device == LLAISYS_DEVICE_CPU || device == LLAISYS_DEVICE_NVIDIA, LLA_EINVAL, "unknown device type %d", device);
-    LLA_REQUIRE(device == LLAISYS_DEVICE_CPU, LLA_EDEVICE, "this build runs models on the CPU only; device nvidia was asked for");
-    LLA_REQUIRE(ndevice == 1, LLA_EINVAL, "%d CPU devices were asked for, there is one", ndevice);
-    LLA_REQUIRE(!device_ids || device_ids[0] == 0, LLA_EINVAL, "CPU device %d was asked for, expected 0", device_ids[0]);
+    LLA_REQUIRE(ndevice == 1, LLA_EINVAL, "%d devices were asked for, expected 1: tensor parallelism is not there yet", ndevice);
+    const int id = device_ids ? device_ids[0] : 0, count = lla_device_get(device)->count();
+    LLA_REQUIRE(count > 0, LLA_EDEVICE, "device %s was asked for, but there is none", lla_device_get(device)->name);
+    LLA_REQUIRE(id >= 0 && id < count, LLA_EINVAL, "%s device %d was asked for, expected 0 to %d", lla_device_get(device)->name, id,
+                count - 1);
     return LLA_OK;
 }
 
-static lla_status create(const struct lla_spec *spec, const struct lla_limits *limits, int nthread, struct LlaisysQwen2Model **out) {
+static lla_status create(const struct lla_spec *spec, const struct lla_limits *limits, int device_id, int nthread,
+                         struct LlaisysQwen2Model **out) {
     lla_status status;
     struct LlaisysQwen2Model *m = calloc(1, sizeof *m);
     LLA_REQUIRE(m, LLA_ENOMEM, "no memory for a model");
-    LLA_TRY_GOTO(status, lla_runner_create(spec, limits, (struct lla_shard){0, 1}, nthread, &m->runner), fail);
+    LLA_TRY_GOTO(status, lla_runner_create(spec, limits, (struct lla_shard){0, 1}, device_id, nthread, &m->runner), fail);
     LLA_TRY_GOTO(status, lla_kvpool_create(m->runner.graph.plan.nblock, &m->pool), fail);
     m->blocks = calloc(m->runner.graph.plan.max_blocks, sizeof *m->blocks);
     if (!m->blocks) {
@@ -54,7 +58,7 @@ void llaisysQwen2ModelDestroy(struct LlaisysQwen2Model *m) {
     free(m->weights.attn_norm_w); /* one allocation for all the arrays */
     free(m->blocks);
     lla_kvpool_destroy(&m->pool);
-    if (m->runner.arena) lla_runner_destroy(&m->runner);
+    lla_runner_destroy(&m->runner);
     free(m);
 }
 
@@ -62,15 +66,27 @@ void llaisysQwen2ModelDestroy(struct LlaisysQwen2Model *m) {
 
 enum { HANDLES_PER_LAYER = 12 };
 
+/* tensorLoad on a handle of a packed weight. */
+static lla_status store_weight(struct LlaisysTensor *t, const void *host) {
+    struct LlaisysQwen2Model *m = t->owner;
+    return lla_runner_store(&m->runner, t->weight, t->row, t->shape[0], host);
+}
+
 /* A handle over rows [row, row + rows) of a weight. */
 static lla_status borrow(struct LlaisysQwen2Model *m, enum lla_weight_kind kind, size_t layer, size_t row, size_t rows,
                          llaisysTensor_t *out) {
     const struct lla_plan *plan = &m->runner.graph.plan;
     const struct lla_weight *w = lla_plan_weight(plan, kind, layer);
     const size_t shape[2] = {rows, w->cols};
-    char *data = m->runner.arena + w->offset + row * w->cols * lla_dtype_size(plan->spec.dtype);
-    *out = lla_tensor_borrow(data, shape, w->cols == 1 ? 1 : 2, NULL, plan->spec.dtype, LLAISYS_DEVICE_CPU, 0);
+    char *data = m->runner.arena ? m->runner.arena + w->offset + row * w->cols * lla_dtype_size(plan->spec.dtype) : NULL;
+    *out = lla_tensor_borrow(data, shape, w->cols == 1 ? 1 : 2, NULL, plan->spec.dtype, plan->limits.device, 0);
     if (!*out) return LLA_ENOMEM;
+    if (!data) { /* on a GPU weights are packed: they can be loaded, but not read or written through the handle */
+        (*out)->load = store_weight;
+        (*out)->owner = m;
+        (*out)->weight = w;
+        (*out)->row = row;
+    }
     m->handles[m->nhandle++] = *out;
     return LLA_OK;
 }
@@ -139,9 +155,10 @@ struct LlaisysQwen2Model *llaisysQwen2ModelCreate(const struct LlaisysQwen2Meta 
                             .theta = meta->theta,
                             .neos = meta->end_token >= 0};
     spec.eos[0] = meta->end_token;
-    const struct lla_limits limits = {.max_seq = meta->maxseq};
+    const struct lla_limits limits = {.device = device, .max_seq = meta->maxseq};
     struct LlaisysQwen2Model *m = NULL;
-    if (check_device(device, device_ids, ndevice) || lla_spec_check(&spec) || create(&spec, &limits, 0, &m)) return NULL;
+    if (check_device(device, device_ids, ndevice) || lla_spec_check(&spec) || create(&spec, &limits, device_ids ? device_ids[0] : 0, 0, &m))
+        return NULL;
     if (make_handles(m)) {
         llaisysQwen2ModelDestroy(m);
         return NULL;
@@ -170,7 +187,7 @@ static lla_status resolve(const char *path, const struct LlaisysQwen2Options *op
         else
             lla_checkpoint_close(opened);
     }
-    *limits = (struct lla_limits){.max_seq = options->maxseq, .prefill_chunk = options->prefill_chunk};
+    *limits = (struct lla_limits){.device = options->device, .max_seq = options->maxseq, .prefill_chunk = options->prefill_chunk};
     if ((status = lla_spec_check(spec))) {
         if (checkpoint) lla_checkpoint_close(*checkpoint), *checkpoint = NULL;
         return lla_fail_in(status, "%s", path);
@@ -188,9 +205,10 @@ struct LlaisysQwen2Model *llaisysQwen2ModelOpen(const char *path, const struct L
     if (check_device(options.device, options.device_ids, options.ndevice ? options.ndevice : 1) ||
         resolve(path, &options, &spec, &limits, &checkpoint))
         return NULL;
-    lla_status status = create(&spec, &limits, options.nthread, &m);
-    if (!status) status = lla_load_weights(&m->runner.graph.plan, checkpoint, m->runner.arena, options.progress ? lla_progress_bar : NULL);
+    lla_status status = create(&spec, &limits, options.device_ids ? options.device_ids[0] : 0, options.nthread, &m);
+    if (!status) status = lla_load_weights(&m->runner, checkpoint, options.progress ? lla_progress_bar : NULL);
     if (!status) status = make_handles(m);
+    if (!status) status = lla_runner_ready(&m->runner);
     lla_checkpoint_close(checkpoint);
     if (status) {
         lla_fail_in(status, "%s", path);
@@ -223,7 +241,7 @@ static lla_status check_step(const struct LlaisysQwen2Model *m, const int64_t *t
 int64_t llaisysQwen2ModelStep(struct LlaisysQwen2Model *m, const int64_t *tokens, size_t ntoken,
                               const struct LlaisysSampling *sampling) {
     lla_clear_error();
-    if (check_step(m, tokens, ntoken, sampling)) return -1;
+    if (check_step(m, tokens, ntoken, sampling) || lla_runner_ready(&m->runner)) return -1;
     const struct lla_dims *d = &m->runner.graph.dims;
     const size_t before = m->nblock, end = m->length + ntoken;
     if (lla_kvpool_grow(&m->pool, m->blocks, &m->nblock, (end + d->kv_block - 1) / d->kv_block)) return -1;
@@ -267,8 +285,7 @@ int llaisysQwen2ModelLogits(struct LlaisysQwen2Model *m, float *logits) {
     lla_clear_error();
     if (!m || !logits || !m->has_logits)
         return lla_fail(LLA_EINVAL, "logits need a model that has taken a step, and memory for them");
-    lla_runner_logits(&m->runner, 0, logits);
-    return LLA_OK;
+    return lla_runner_logits(&m->runner, 0, logits);
 }
 
 int llaisysQwen2ModelIsEnd(const struct LlaisysQwen2Model *m, int64_t token) {

@@ -2,7 +2,11 @@
 
 #include "arena.h"
 
-#include <omp.h>
+#ifdef LLA_CUDA
+#include "../graph/exec_cuda.h"
+#endif
+
+#include <stdlib.h>
 #include <time.h>
 
 static double now(void) {
@@ -29,17 +33,47 @@ static lla_status build_buckets(struct lla_runner *r) {
     return add_bucket(r, rows, seqs);
 }
 
-lla_status lla_runner_create(const struct lla_spec *spec, const struct lla_limits *limits, struct lla_shard shard, int nthread,
-                             struct lla_runner *runner) {
+static lla_status create_cpu(struct lla_runner *r) {
+    LLA_TRY(lla_plan_fit(&r->graph.plan, lla_memory_available()));
+    LLA_TRY(lla_arena_alloc(r->graph.plan.total, &r->arena));
+    lla_graph_init_arena(&r->graph, r->arena);
+    r->inputs = r->arena;
+    return LLA_OK;
+}
+
+#ifdef LLA_CUDA
+static lla_status create_cuda(struct lla_runner *r, int device_id) {
+    size_t available;
+    LLA_TRY(lla_exec_cuda_available(device_id, &available));
+    LLA_TRY(lla_plan_fit(&r->graph.plan, available));
+    LLA_TRY(lla_exec_cuda_create(&r->graph, device_id, &r->cuda));
+    r->inputs = lla_exec_cuda_inputs(r->cuda);
+    const size_t vocab = r->graph.dims.vocab;
+    r->candidates = malloc(vocab * sizeof *r->candidates);
+    r->logits_row = malloc(vocab * lla_dtype_size(r->graph.dims.dtype));
+    LLA_REQUIRE(r->candidates && r->logits_row, LLA_ENOMEM, "no memory to draw from a vocabulary of %zu", vocab);
+    return LLA_OK;
+}
+#endif
+
+lla_status lla_runner_create(const struct lla_spec *spec, const struct lla_limits *limits, struct lla_shard shard, int device_id,
+                             int nthread, struct lla_runner *runner) {
     memset(runner, 0, sizeof *runner);
     lla_status status;
-    runner->nthread = nthread > 0 ? nthread : omp_get_num_procs();
     LLA_TRY(lla_graph_make(spec, limits, shard, &runner->graph));
-    LLA_TRY_GOTO(status, lla_plan_fit(&runner->graph.plan, lla_memory_available()), fail);
+    LLA_TRY_GOTO(status, lla_crew_create(nthread > 0 ? (size_t)nthread : 0, &runner->crew), fail);
     const double start = now();
-    LLA_TRY_GOTO(status, lla_arena_alloc(runner->graph.plan.total, &runner->arena), fail);
+    if (limits->device == LLAISYS_DEVICE_CPU)
+        status = create_cpu(runner);
+    else
+#ifdef LLA_CUDA
+        status = create_cuda(runner, device_id);
+#else
+        status = lla_fail(LLA_EDEVICE, "device nvidia (%d) was asked for, but this build has no CUDA", device_id);
+#endif
+    (void)device_id;
+    if (status) goto fail;
     const double allocated = now();
-    lla_graph_init_arena(&runner->graph, runner->arena);
     LLA_TRY_GOTO(status, build_buckets(runner), fail);
     runner->alloc_seconds = allocated - start;
     runner->build_seconds = now() - allocated;
@@ -50,10 +84,36 @@ fail:
 }
 
 void lla_runner_destroy(struct lla_runner *runner) {
+#ifdef LLA_CUDA
+    lla_exec_cuda_destroy(runner->cuda);
+#endif
+    free(runner->candidates);
+    free(runner->logits_row);
+    lla_crew_destroy(runner->crew);
     for (size_t i = 0; i < runner->nprogram; i++) lla_program_free(&runner->programs[i]);
     lla_arena_free(runner->arena, runner->graph.plan.total);
     lla_graph_free(&runner->graph);
     memset(runner, 0, sizeof *runner);
+}
+
+lla_status lla_runner_store(struct lla_runner *r, const struct lla_weight *w, size_t dst_row, size_t rows, const void *dense) {
+#ifdef LLA_CUDA
+    if (r->cuda) return lla_exec_cuda_store(r->cuda, w, dst_row, rows, dense);
+#endif
+    const size_t row_bytes = w->cols * lla_dtype_size(r->graph.dims.dtype);
+    memcpy(r->arena + w->offset + dst_row * row_bytes, dense, rows * row_bytes);
+    return LLA_OK;
+}
+
+lla_status lla_runner_ready(struct lla_runner *r) {
+    if (r->is_ready) return LLA_OK;
+#ifdef LLA_CUDA
+    const double start = now();
+    if (r->cuda) LLA_TRY(lla_exec_cuda_capture(r->cuda, r->programs, r->nprogram));
+    r->build_seconds += now() - start;
+#endif
+    r->is_ready = true;
+    return LLA_OK;
 }
 
 static lla_status check(const struct lla_runner *r, const struct lla_step_seq *seqs, size_t nseq, size_t *rows, size_t *logits) {
@@ -77,20 +137,39 @@ static lla_status check(const struct lla_runner *r, const struct lla_step_seq *s
         *rows += s->ntoken;
         *logits += s->want_next;
     }
-    LLA_REQUIRE(nseq > 0 && *rows <= d->max_rows, LLA_ELIMIT, "a step of %zu rows, the plan allows 1 to %zu", *rows, d->max_rows);
+    LLA_REQUIRE(nseq > 0 && nseq <= d->max_seqs, LLA_ELIMIT, "a step of %zu sequences, the plan allows 1 to %zu", nseq, d->max_seqs);
+    LLA_REQUIRE(*rows <= d->max_rows, LLA_ELIMIT, "a step of %zu rows, the plan allows 1 to %zu", *rows, d->max_rows);
+    for (size_t i = 1; i < nseq; i++)
+        for (size_t j = 0; j < i; j++)
+            LLA_REQUIRE(seqs[i].slot != seqs[j].slot, LLA_EINVAL, "sequence slot %zu stands twice in a step", seqs[i].slot);
     return LLA_OK;
 }
+
+#ifdef LLA_CUDA
+/* The GPU's step takes the largest logit; rows that are sampled are drawn here, from the same logits. */
+static lla_status draw_on_host(struct lla_runner *r, size_t logits) {
+    const struct lla_sampling_row *sampling = (const struct lla_sampling_row *)(r->inputs + r->graph.io.sampling);
+    int32_t *next = (int32_t *)(r->inputs + r->graph.io.next);
+    const size_t vocab = r->graph.dims.vocab, row_bytes = vocab * lla_dtype_size(r->graph.dims.dtype);
+    for (size_t i = 0; i < logits; i++) {
+        if (lla_is_greedy(&sampling[i])) continue;
+        LLA_TRY(lla_exec_cuda_read(r->cuda, r->graph.offset[LLA_B_LOGITS] + i * row_bytes, row_bytes, r->logits_row));
+        next[i] = lla_cpu_draw(r->graph.dims.dtype, vocab, r->logits_row, &sampling[i], r->candidates);
+    }
+    return LLA_OK;
+}
+#endif
 
 lla_status lla_runner_step(struct lla_runner *r, const struct lla_step_seq *seqs, size_t nseq, int64_t *next) {
     size_t rows, logits;
     LLA_TRY(check(r, seqs, nseq, &rows, &logits));
     const struct lla_io *io = &r->graph.io;
     const struct lla_dims *d = &r->graph.dims;
-    int32_t *tokens = (int32_t *)(r->arena + io->tokens), *positions = (int32_t *)(r->arena + io->positions);
-    int32_t *row_seq = (int32_t *)(r->arena + io->row_seq), *logit_rows = (int32_t *)(r->arena + io->logit_rows);
-    int32_t *table = (int32_t *)(r->arena + io->block_table);
-    struct lla_sampling_row *sampling = (struct lla_sampling_row *)(r->arena + io->sampling);
-    *(struct lla_step_header *)(r->arena + io->header) = (struct lla_step_header){(int32_t)rows, (int32_t)logits};
+    int32_t *tokens = (int32_t *)(r->inputs + io->tokens), *positions = (int32_t *)(r->inputs + io->positions);
+    int32_t *row_seq = (int32_t *)(r->inputs + io->row_seq), *logit_rows = (int32_t *)(r->inputs + io->logit_rows);
+    int32_t *table = (int32_t *)(r->inputs + io->block_table);
+    struct lla_sampling_row *sampling = (struct lla_sampling_row *)(r->inputs + io->sampling);
+    *(struct lla_step_header *)(r->inputs + io->header) = (struct lla_step_header){(int32_t)rows, (int32_t)logits};
 
     size_t row = 0, logit = 0;
     for (size_t i = 0; i < nseq; i++) {
@@ -111,16 +190,30 @@ lla_status lla_runner_step(struct lla_runner *r, const struct lla_step_seq *seqs
     size_t bucket = 0;
     while (r->programs[bucket].rows < rows || r->programs[bucket].logits < logits) bucket++;
     const struct lla_program *program = &r->programs[bucket];
-    lla_exec_cpu(program, r->arena, r->nthread, 0, program->nnode);
+#ifdef LLA_CUDA
+    if (r->cuda) {
+        LLA_TRY(lla_exec_cuda_run(r->cuda, bucket));
+        LLA_TRY(draw_on_host(r, logits));
+    } else
+#endif
+        lla_exec_cpu(program, r->arena, r->crew, 0, program->nnode);
 
-    const int32_t *chosen = (const int32_t *)(r->arena + io->next);
+    const int32_t *chosen = (const int32_t *)(r->inputs + io->next);
     logit = 0;
     for (size_t i = 0; i < nseq; i++) next[i] = seqs[i].want_next ? chosen[logit++] : -1;
     return LLA_OK;
 }
 
-void lla_runner_logits(const struct lla_runner *r, size_t i, float *logits) {
+lla_status lla_runner_logits(struct lla_runner *r, size_t i, float *logits) {
     const struct lla_dims *d = &r->graph.dims;
-    const char *row = r->arena + r->graph.offset[LLA_B_LOGITS] + i * d->vocab * lla_dtype_size(d->dtype);
+    const size_t row_bytes = d->vocab * lla_dtype_size(d->dtype), offset = r->graph.offset[LLA_B_LOGITS] + i * row_bytes;
+    const void *row = r->arena + offset;
+#ifdef LLA_CUDA
+    if (r->cuda) {
+        LLA_TRY(lla_exec_cuda_read(r->cuda, offset, row_bytes, r->logits_row));
+        row = r->logits_row;
+    }
+#endif
     for (size_t j = 0; j < d->vocab; j++) logits[j] = lla_load_float(row, j, d->dtype);
+    return LLA_OK;
 }

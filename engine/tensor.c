@@ -374,6 +374,10 @@ static lla_status load(llaisysTensor_t tensor, const void *data, const struct ll
 
 void tensorLoad(llaisysTensor_t tensor, const void *data) {
     if (is_null("tensorLoad", tensor)) return;
+    if (tensor->load) { /* borrowed, with a form of its own */
+        if (!data || tensor->load(tensor, data)) lla_fail_in(LLA_EINVAL, "tensorLoad");
+        return;
+    }
     struct lla_device_scope scope;
     lla_status status = lla_device_enter(&scope, tensor->device_type, tensor->device_id);
     if (!status) {

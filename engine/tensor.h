@@ -31,6 +31,11 @@ struct LlaisysTensor {
     size_t ndim;
     size_t shape[LLA_MAX_NDIM];
     ptrdiff_t strides[LLA_MAX_NDIM]; /* in elements, never negative */
+    /* A borrowed handle whose memory holds its elements in another form has its own way to load: data is then NULL. */
+    lla_status (*load)(struct LlaisysTensor *tensor, const void *host);
+    void *owner;
+    const void *weight; /* which weight of the owner, and its first row */
+    size_t row;
 };
 
 /* A handle over memory that the caller owns and keeps alive; strides NULL means row-major. The owner ends the handle

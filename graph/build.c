@@ -40,6 +40,7 @@ static void declare_all(const struct lla_plan *p, const struct lla_dims *d, stru
     declare(b, LLA_B_LOGIT_ROWS, LLA_R_STEP, "logit_rows", seqs, 1, 4, "i32");
     declare(b, LLA_B_SAMPLING, LLA_R_STEP, "sampling", seqs, 1, sizeof(struct lla_sampling_row), "sampling");
     declare(b, LLA_B_NEXT, LLA_R_STEP, "next", seqs, 1, 4, "i32");
+    declare(b, LLA_B_ARRIVED, LLA_R_STEP, "arrived", rows, d->nkvhead, 4, "i32");
     declare(b, LLA_B_ROPE, LLA_R_TABLE, "rope", p->limits.max_seq, d->head_dim, e, type);
 
     const char *const kv_name[] = {"k_cache", "v_cache"};
@@ -107,7 +108,7 @@ static void layer(struct builder *b, size_t l) {
                               .name = "attention",
                               .reads = BIT(HEADER) | BIT(Q) | BIT(K_CACHE) | BIT(V_CACHE) | BIT(POSITIONS) | BIT(ROW_SEQ) |
                                        BIT(BLOCK_TABLE),
-                              .writes = BIT(PARTIAL) | BIT(ATTN_OUT),
+                              .writes = BIT(PARTIAL) | BIT(ARRIVED) | BIT(ATTN_OUT),
                               .attention = {.q = at[LLA_B_Q],
                                             .k_cache = k_cache,
                                             .v_cache = v_cache,
@@ -200,11 +201,14 @@ lla_status lla_graph_make(const struct lla_spec *spec, const struct lla_limits *
     struct lla_limits resolved = *limits;
     struct lla_plan share = {0}; /* this rank's dimensions, before anything is placed */
     LLA_TRY(lla_spec_check(spec));
+    LLA_REQUIRE(lla_dtype_is_compute(spec->dtype), LLA_EINVAL, "dtype: expected bf16, f16 or f32, found %s",
+                lla_dtype_name(spec->dtype));
     LLA_TRY(lla_limits_resolve(spec, &resolved));
     LLA_TRY(lla_plan_shard(spec, shard, &share));
     share.spec = *spec;
     share.limits = resolved;
     lla_plan_blocks(&share);
+    const size_t split = resolved.device == LLAISYS_DEVICE_CPU ? LLA_ATTN_SPLIT : LLA_CUDA_SPLIT;
     graph->dims = (struct lla_dims){.dtype = spec->dtype,
                                     .hidden = spec->hidden,
                                     .nhead = share.nhead,
@@ -216,7 +220,7 @@ lla_status lla_graph_make(const struct lla_spec *spec, const struct lla_limits *
                                     .max_blocks = share.max_blocks,
                                     .max_rows = share.max_rows,
                                     .max_seqs = resolved.max_seqs,
-                                    .max_splits = resolved.kv_tokens / LLA_ATTN_SPLIT + resolved.max_seqs,
+                                    .max_splits = resolved.kv_tokens / split + resolved.max_seqs,
                                     .eps = spec->eps};
     struct lla_buffer buffers[LLA_B_COUNT];
     declare_all(&share, &graph->dims, buffers);
@@ -236,7 +240,8 @@ lla_status lla_graph_make(const struct lla_spec *spec, const struct lla_limits *
                                 .block_table = at[LLA_B_BLOCK_TABLE],
                                 .logit_rows = at[LLA_B_LOGIT_ROWS],
                                 .sampling = at[LLA_B_SAMPLING],
-                                .next = at[LLA_B_NEXT]};
+                                .next = at[LLA_B_NEXT],
+                                .arrived = at[LLA_B_ARRIVED]};
     return LLA_OK;
 }
 
@@ -270,7 +275,7 @@ void lla_program_free(struct lla_program *program) {
 
 static void print_set(uint32_t set, FILE *out) {
     static const char *const names[LLA_B_COUNT] = {
-        "header",      "tokens", "positions",  "row_seq", "block_table", "logit_rows",  "sampling", "next",
+        "header",      "tokens", "positions",  "row_seq", "block_table", "logit_rows",  "sampling", "next", "arrived",
         "rope",        "k_cache", "v_cache",   "x",       "attn_normed", "qkv",         "q",        "partial",
         "attn_out",    "mlp_normed", "act",    "head_normed", "logits",  "candidates"};
     for (int id = 0; id < LLA_B_COUNT; id++)

@@ -1,7 +1,13 @@
-/* exec_cpu.c: the CPU executor: a team of threads walks the list. */
+/* exec_cpu.c: the CPU executor: a crew of threads walks the list. */
+#include "../kernels/cpu/crew.h"
 #include "program.h"
 
-#include <omp.h>
+struct walk {
+    const struct lla_program *program;
+    struct lla_ctx ctx;
+    struct lla_crew *crew;
+    size_t first, last;
+};
 
 static void run_node(const struct lla_ctx *ctx, const struct lla_node *node, struct lla_team team) {
     switch (node->op) {
@@ -13,14 +19,20 @@ static void run_node(const struct lla_ctx *ctx, const struct lla_node *node, str
     }
 }
 
-void lla_exec_cpu(const struct lla_program *program, char *arena, int nthread, size_t first, size_t last) {
-    const struct lla_ctx ctx = {.arena = arena, .dims = &program->graph->dims, .io = &program->graph->io};
-#pragma omp parallel num_threads(nthread)
-    {
-        const struct lla_team team = {(size_t)omp_get_thread_num(), (size_t)omp_get_num_threads()};
-        for (size_t i = first; i < last; i++) {
-            run_node(&ctx, &program->nodes[i], team);
-#pragma omp barrier
-        }
+static void walk(void *arg, size_t rank) {
+    const struct walk *w = arg;
+    const struct lla_team team = {.rank = rank, .size = lla_crew_size(w->crew), .crew = w->crew};
+    for (size_t i = w->first; i < w->last; i++) {
+        run_node(&w->ctx, &w->program->nodes[i], team);
+        lla_crew_barrier(w->crew);
     }
+}
+
+void lla_exec_cpu(const struct lla_program *program, char *arena, struct lla_crew *crew, size_t first, size_t last) {
+    struct walk w = {.program = program,
+                     .ctx = {.arena = arena, .dims = &program->graph->dims, .io = &program->graph->io},
+                     .crew = crew,
+                     .first = first,
+                     .last = last};
+    lla_crew_run(crew, walk, &w);
 }

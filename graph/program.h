@@ -9,6 +9,10 @@
 #include "../kernels/kernels.h"
 #include "../planner/plan.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* Buffers of the step. Weights are not among them: nodes name those by offset. */
 enum lla_buf {
     LLA_B_HEADER,
@@ -19,6 +23,7 @@ enum lla_buf {
     LLA_B_LOGIT_ROWS,
     LLA_B_SAMPLING,
     LLA_B_NEXT,
+    LLA_B_ARRIVED,
     LLA_B_ROPE,
     LLA_B_K_CACHE,
     LLA_B_V_CACHE,
@@ -79,7 +84,11 @@ void lla_program_free(struct lla_program *program);
 /* One line a node: index, op, layer, what it reads and writes. */
 void lla_program_print(const struct lla_program *program, FILE *out);
 
-/* Runs nodes [first, last) over the arena with a team of `nthread` threads. */
-void lla_exec_cpu(const struct lla_program *program, char *arena, int nthread, size_t first, size_t last);
+/* Runs nodes [first, last) over the arena with all threads of the crew. */
+void lla_exec_cpu(const struct lla_program *program, char *arena, struct lla_crew *crew, size_t first, size_t last);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

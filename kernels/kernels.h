@@ -12,8 +12,14 @@
 #include "../base/dtype.h"
 #include "../base/status.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* Tokens of one attention split: softmax partial sums cover positions [0, 256), [256, 512), ... and are merged in that order. */
 enum { LLA_ATTN_SPLIT = 256 };
+/* The same on a GPU, where a split is a block's work. */
+enum { LLA_CUDA_SPLIT = 128 };
 
 /* Dimensions of one rank's program. */
 struct lla_dims {
@@ -52,6 +58,7 @@ struct lla_io {
     size_t logit_rows;  /* i32 [max_seqs]: rows whose logits are wanted */
     size_t sampling;    /* struct lla_sampling_row [max_seqs], by logit row */
     size_t next;        /* i32 [max_seqs]: the chosen tokens, out */
+    size_t arrived;     /* i32 [max_rows, nkvhead]: counters of the GPU's attention, zero between steps */
 };
 
 /* x [R, hidden] = rows `tokens` of weight [vocab, hidden]. */
@@ -124,8 +131,10 @@ struct lla_ctx {
 };
 
 /* The calling thread's place in the team that runs a node; all threads of the team call the node's function. */
+struct lla_crew;
 struct lla_team {
     size_t rank, size;
+    struct lla_crew *crew; /* for barriers */
 };
 
 #define X(NAME, suffix) \
@@ -133,11 +142,22 @@ struct lla_team {
 LLA_NODE_OPS(X)
 #undef X
 
+/* Whether a row takes the largest logit. */
+static inline bool lla_is_greedy(const struct lla_sampling_row *s) { return s->temperature <= 0 || s->top_k == 1; }
+
+/* The sampled token of one row of logits [n]; candidates: scratch [n]. */
+int32_t lla_cpu_draw(llaisysDataType_t dtype, size_t n, const void *logits, const struct lla_sampling_row *s,
+                     struct lla_candidate *candidates);
+
 /* The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable". Chosen at the first call by what the CPU has, or by the
  * environment variable LLAISYS_CPU_ISA, for diagnosis. */
 const char *lla_cpu_isa_name(void);
 
 /* [max_seq, head_dim] cosines and sines of RoPE in dtype, from double precision: angle = pos / theta^(2j / head_dim). */
 void lla_rope_table(llaisysDataType_t dtype, size_t max_seq, size_t head_dim, double theta, void *out);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

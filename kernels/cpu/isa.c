@@ -40,8 +40,8 @@ DECLARE(avx512)
 DECLARE(avx512bf16)
 #endif
 
-static const struct lla_isa *choose(void) {
-    const char *wanted = getenv("LLAISYS_CPU_ISA");
+/* A NULL name asks for the best. */
+const struct lla_isa *lla_isa_named(const char *name) {
 #if defined(__x86_64__)
     const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -54,15 +54,18 @@ static const struct lla_isa *choose(void) {
                       {&avx2, has_avx2},
                       {&portable, true}};
     for (size_t i = 0; i < sizeof best_first / sizeof *best_first; i++)
-        if (best_first[i].there && (!wanted || !strcmp(wanted, best_first[i].isa->name))) return best_first[i].isa;
-    if (wanted) { /* a name that this CPU does not have: the best that it has */
-        unsetenv("LLAISYS_CPU_ISA");
-        return choose();
-    }
+        if (best_first[i].there && (!name || !strcmp(name, best_first[i].isa->name))) return best_first[i].isa;
+    return NULL;
 #else
-    (void)wanted;
+    return !name || !strcmp(name, portable.name) ? &portable : NULL;
 #endif
-    return &portable;
+}
+
+/* A name that this CPU does not have gives the best that it has. */
+static const struct lla_isa *choose(void) {
+    const char *wanted = getenv("LLAISYS_CPU_ISA");
+    const struct lla_isa *isa = wanted ? lla_isa_named(wanted) : NULL;
+    return isa ? isa : lla_isa_named(NULL);
 }
 
 const struct lla_isa *lla_isa(void) {

@@ -68,7 +68,10 @@ struct lla_isa {
     double (*peak)(llaisysDataType_t dtype, size_t iterations);
 };
 
+/* The one in use. */
 const struct lla_isa *lla_isa(void);
+/* One by name, for tests; NULL where the CPU does not have it. */
+const struct lla_isa *lla_isa_named(const char *name);
 
 /* [lo, hi): the share of the team's rank in `count` units of `grain` items. */
 static inline void lla_share(size_t count, size_t grain, struct lla_team team, size_t *lo, size_t *hi) {

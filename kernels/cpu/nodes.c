@@ -1,5 +1,6 @@
 /* nodes.c: the CPU twins of the step's nodes (contracts in kernels.h). Every thread of the team calls them; phases of a node that depend
  * on each other are parted by barriers, and the executor puts one between nodes. */
+#include "crew.h"
 #include "isa.h"
 
 #include <math.h>
@@ -7,9 +8,7 @@
 /* Rows of x are shared out in tasks of this many where a node works by rows. */
 enum { COLUMN_GRAIN = 8, ATTENTION_ROWS = 16 };
 
-static void barrier(void) {
-#pragma omp barrier
-}
+static void barrier(struct lla_team team) { lla_crew_barrier(team.crew); }
 
 static const struct lla_step_header *header(const struct lla_ctx *ctx) {
     return (const struct lla_step_header *)(ctx->arena + ctx->io->header);
@@ -35,7 +34,7 @@ static void norm(const struct lla_ctx *ctx, size_t rows, const int32_t *index, s
     size_t lo, hi;
     lla_share(rows, 1, team, &lo, &hi);
     lla_isa()->rms_norm(d->dtype, d->hidden, ctx->arena + x, index, ctx->arena + weight, d->eps, ctx->arena + normed, lo, hi);
-    barrier();
+    barrier(team);
 }
 
 /* The thread's columns of a product. */
@@ -59,7 +58,7 @@ void lla_cpu_qkv(const struct lla_ctx *ctx, const struct lla_qkv_args *args, str
                                 .bias = ctx->arena + args->bias,
                                 .out = ctx->arena + args->qkv},
            team);
-    barrier();
+    barrier(team);
 
     const int32_t *positions = ints(ctx, ctx->io->positions), *row_seq = ints(ctx, ctx->io->row_seq);
     const int32_t *table = ints(ctx, ctx->io->block_table);
@@ -112,7 +111,7 @@ void lla_cpu_attention(const struct lla_ctx *ctx, const struct lla_attention_arg
     for (int phase = by_split ? 0 : 1; phase < 2; phase++) {
         size_t task = 0, first_split = 0;
         for (size_t r = 0, n; r < rows; r += n) {
-            n = 1; /* rows of one sequence, from one multiple of ATTENTION_ROWS to the next */
+            n = 1; /* rows of one sequence, ATTENTION_ROWS at most */
             while (r + n < rows && row_seq[r + n] == row_seq[r] && n < ATTENTION_ROWS) n++;
             const size_t splits = (size_t)positions[r] / LLA_ATTN_SPLIT + 1;
             a.nrow = n;
@@ -137,7 +136,7 @@ void lla_cpu_attention(const struct lla_ctx *ctx, const struct lla_attention_arg
             }
             first_split += splits;
         }
-        if (phase == 0) barrier();
+        if (phase == 0) barrier(team);
     }
 }
 

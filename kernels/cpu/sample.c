@@ -2,7 +2,6 @@
 #include "isa.h"
 
 #include <math.h>
-#include <stdlib.h>
 
 /* Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11): the first word for a key and a counter. */
 static uint32_t philox(uint64_t key, uint64_t counter) {
@@ -39,22 +38,28 @@ static void sift(struct lla_candidate *heap, size_t n, size_t i) {
     }
 }
 
-static int32_t draw(const struct lla_dims *d, const void *logits, const struct lla_sampling_row *s, struct lla_candidate *c) {
-    const size_t n = d->vocab;
+int32_t lla_cpu_draw(llaisysDataType_t dtype, size_t n, const void *logits, const struct lla_sampling_row *s,
+                     struct lla_candidate *c) {
     size_t k = s->top_k > 0 && (size_t)s->top_k < n ? (size_t)s->top_k : n;
     /* the k best, by a heap whose root is the worst of them */
     for (size_t i = 0; i < n; i++) {
-        struct lla_candidate x = {lla_load_float(logits, i, d->dtype) / s->temperature, (int32_t)i};
+        struct lla_candidate x = {lla_load_float(logits, i, dtype) / s->temperature, (int32_t)i};
         if (i < k) {
             c[i] = x;
-            if (k < n && i + 1 == k)
+            if (i + 1 == k)
                 for (size_t j = k / 2; j-- > 0;) sift(c, k, j);
         } else if (descending(&x, &c[0]) < 0) {
             c[0] = x;
             sift(c, k, 0);
         }
     }
-    qsort(c, k, sizeof *c, descending);
+    /* heap sort: the C library's qsort would allocate */
+    for (size_t end = k; end-- > 1;) {
+        struct lla_candidate worst = c[0];
+        c[0] = c[end];
+        c[end] = worst;
+        sift(c, end, 0);
+    }
     const float top = c[0].value;
     double sum = 0;
     for (size_t i = 0; i < k; i++) {
@@ -83,9 +88,9 @@ void lla_cpu_sample(const struct lla_ctx *ctx, const struct lla_sample_args *arg
     for (size_t r = lo; r < hi; r++) {
         const void *logits = ctx->arena + args->logits + r * d->vocab * lla_dtype_size(d->dtype);
         struct lla_candidate *candidates = (struct lla_candidate *)(ctx->arena + args->candidates) + r * d->vocab;
-        if (sampling[r].temperature <= 0 || sampling[r].top_k == 1)
+        if (lla_is_greedy(&sampling[r]))
             next[r] = (int32_t)lla_isa()->argmax(d->dtype, d->vocab, logits);
         else
-            next[r] = draw(d, logits, &sampling[r], candidates);
+            next[r] = lla_cpu_draw(d->dtype, d->vocab, logits, &sampling[r], candidates);
     }
 }

@@ -229,7 +229,7 @@ INLINE vf vf_exp2i(vf n) {
 INLINE void vf_store(void *p, size_t i, vf v, const int dt) { vf_store_n(p, i, W, v, dt); }
 INLINE float vf_sum(vf v) { return vf_sum4(v, v, v, v)[0]; }
 
-/* e^x to about 1 ulp for x <= 88; 0 below -87.3. Cody-Waite reduction and a degree-6 polynomial (Cephes, expf). */
+/* e^x to about 1 ulp for -87.3 <= x <= 88, and the value at the nearer end beyond (1.2e-38 and 1.7e38). Cody-Waite reduction and a degree-6 polynomial (Cephes, expf). */
 INLINE vf vf_exp(vf x) {
     vf clipped = vf_max(vf_set(-87.33654f), vf_min(vf_set(88.0f), x)); /* in this order a NaN passes on x86 */
     vf n = vf_nearest(vf_mul(clipped, vf_set(1.44269504088896341f)));
