@@ -282,11 +282,27 @@ def test_close(folder):
 
 @pytest.mark.parametrize("name", ["max_seq", "prefill_chunk", "threads"])
 def test_bad_options(folder, name):
-    for value in (0, -1):
+    for value in (0, -1, 2**31, 2**64):
         with pytest.raises(ValueError, match=f"{name}: .*{value}"):
             Qwen2(folder, **{name: value})
     with pytest.raises(ValueError, match="device_ids"):
         Qwen2(folder, device_ids=[])
+
+
+def test_context_is_a_limit(folder):
+    with pytest.raises(llaisys.LlaisysError, match=r"2049.*2048"):
+        Qwen2(folder, max_seq=2049)
+
+
+@pytest.mark.parametrize("max_seq", [9, 31, 32, 33, 63, 65])
+def test_limits_that_are_no_multiple_of_anything(folder, model, max_seq):
+    """The answer is the same as far as it goes."""
+    expected = model.generate(PROMPT, MAX_SEQ)
+    with Qwen2(folder, max_seq=max_seq, prefill_chunk=3) as other:
+        assert other.meta.maxseq == max_seq
+        ids = other.generate(PROMPT)
+        assert len(ids) == max_seq
+        assert ids[:MAX_SEQ] == expected[:max_seq]
 
 
 def test_missing_device(folder):

@@ -359,32 +359,51 @@ def absence(device_name: str) -> str | None:
     return f"{device_name}: llaisys reports 0 devices"
 
 
+def _gpu_ms(func: Callable[[], object]) -> float:
+    """Median time of a call on the GPU, between events. Calls are queued behind a sleeping kernel,
+    so that short ones are not timed at the speed at which the host launches them."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def run(count: int) -> float:
+        torch.cuda.synchronize()
+        torch.cuda._sleep(2_000_000)  # cycles: about a millisecond
+        start.record()
+        for _ in range(count):
+            func()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / count
+
+    count = max(3, min(40, int(10 / max(run(3), 1e-3))))
+    return sorted(run(count) for _ in range(5))[2]
+
+
+def _host_ms(func: Callable[[], object], synchronize: Callable[[], object]) -> float:
+    """Mean time of a call over about a second."""
+
+    def run(count: int) -> float:
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(count):
+            func()
+        synchronize()
+        return time.perf_counter() - start
+
+    once = min(run(1) for _ in range(3))
+    count = max(3, min(1000, int(1 / max(once, 1e-6))))
+    return run(count) / count * 1e3
+
+
 def benchmark(
     torch_func: Callable[[], object], llaisys_func: Callable[[], object], device_name: str
 ) -> None:
-    """Prints mean times of a call, over about a second each."""
-    api = llaisys.RuntimeAPI(llaisys_device(device_name))
-
-    def synchronize() -> None:
-        if device_name == "nvidia":
-            api.device_synchronize()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-
-    def mean_ms(func: Callable[[], object]) -> float:
-        def run(count: int) -> float:
-            synchronize()
-            start = time.perf_counter()
-            for _ in range(count):
-                func()
-            synchronize()
-            return time.perf_counter() - start
-
-        once = min(run(1) for _ in range(3))
-        count = max(3, min(1000, int(1 / max(once, 1e-6))))
-        return run(count) / count * 1e3
-
-    torch_ms, llaisys_ms = mean_ms(torch_func), mean_ms(llaisys_func)
+    """Prints the times of a call, torch's beside the library's. On a GPU both run on the default
+    stream of one device, so that torch's events time the library's kernels, too."""
+    if device_name == "nvidia" and torch.cuda.is_available():
+        torch_ms, llaisys_ms = _gpu_ms(torch_func), _gpu_ms(llaisys_func)
+    else:
+        synchronize = llaisys.RuntimeAPI(llaisys_device(device_name)).device_synchronize
+        torch_ms, llaisys_ms = (_host_ms(f, synchronize) for f in (torch_func, llaisys_func))
     ratio = torch_ms / llaisys_ms
     print(f"      Torch {torch_ms:10.5f} ms | LLAISYS {llaisys_ms:10.5f} ms | {ratio:.2f}x")
 

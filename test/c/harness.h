@@ -15,7 +15,7 @@ static struct harness_test {
     const char *name;
     void (*run)(void);
 } harness_tests[512];
-static int harness_count, harness_failures;
+static int harness_count, harness_failures, harness_before;
 
 /* A test registers itself before main, so that none can be forgotten. */
 #define TEST(name)                                                                                                     \
@@ -24,6 +24,9 @@ static int harness_count, harness_failures;
         harness_tests[harness_count++] = (struct harness_test){#name, test_##name};                                    \
     }                                                                                                                  \
     static void test_##name(void)
+
+/* Failures of the running test so far, for loops that stop at the first few. */
+#define TEST_FAILURES (harness_failures - harness_before)
 
 #define HARNESS_FAIL(...)                                                                                              \
     do {                                                                                                               \
@@ -56,9 +59,9 @@ static inline int harness_main(const char *only) {
     int failed = 0, passed = 0;
     for (int i = 0; i < harness_count; i++) {
         if (only && !strstr(harness_tests[i].name, only)) continue;
-        int before = harness_failures;
+        harness_before = harness_failures;
         harness_tests[i].run();
-        if (harness_failures == before) {
+        if (!TEST_FAILURES) {
             passed++;
             continue;
         }

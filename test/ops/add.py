@@ -25,6 +25,7 @@ from test_utils import (
 )
 
 SHAPES = [(2, 3), (512, 4096)]
+LARGE = [(16384, 4096)]  # for --profile on a GPU
 
 
 def check_add(shape, dtype, device, layouts=("dense", "dense", "dense")):
@@ -114,7 +115,7 @@ def test_refusals(device):
 
 
 def profile(device):
-    for shape in SHAPES:
+    for shape in [*SHAPES, *(LARGE if device == "nvidia" else [])]:
         for dtype in FLOATS:
             print(f"   shape {shape} dtype <{dtype}>")
             a, a_ = random_tensor(shape, dtype, device)

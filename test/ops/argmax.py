@@ -27,6 +27,7 @@ from test_utils import (
 )
 
 SIZES = [4, 4096]
+LARGE = [151936, 1 << 27]  # for --profile on a GPU
 
 
 def first_of_largest(values):
@@ -144,7 +145,7 @@ def test_refusals(device):
 
 
 def profile(device):
-    for n in SIZES:
+    for n in [*SIZES, *(LARGE if device == "nvidia" else [])]:
         for dtype in FLOATS:
             print(f"   shape ({n},) dtype <{dtype}>")
             values, values_ = random_tensor((n,), dtype, device)

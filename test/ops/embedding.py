@@ -25,6 +25,7 @@ from test_utils import (
 )
 
 SHAPES = [((1,), (2, 3)), ((50,), (512, 4096))]  # index, weight
+LARGE = [((32768,), (151936, 1536))]  # for --profile on a GPU
 
 
 def check_embedding(index, weight, device, layouts=("dense", "dense", "dense")):
@@ -110,7 +111,7 @@ def test_refusals(device):
 
 
 def profile(device):
-    for index_shape, weight_shape in SHAPES:
+    for index_shape, weight_shape in [*SHAPES, *(LARGE if device == "nvidia" else [])]:
         for dtype in FLOATS:
             print(f"   index {index_shape} weight {weight_shape} dtype <{dtype}>")
             weight, weight_ = random_tensor(weight_shape, dtype, device)

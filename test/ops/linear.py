@@ -29,6 +29,12 @@ from test_utils import (
 
 # m, n, k
 SHAPES = [(2, 3, 4), (512, 4096, 4096)]
+# for --profile on a GPU
+LARGE = [
+    (m, n, k)
+    for m in (1, 1024, 2048, 4096)
+    for n, k in ((2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960))
+]
 
 
 def reference(x, w, bias):
@@ -181,7 +187,7 @@ def test_refusals(device):
 
 
 def profile(device):
-    for m, n, k in SHAPES:
+    for m, n, k in [*SHAPES, *(LARGE if device == "nvidia" else [])]:
         for dtype in FLOATS:
             print(f"   out ({m}, {n}), in ({m}, {k}), weight ({n}, {k}), dtype <{dtype}>")
             x, x_ = random_tensor((m, k), dtype, device, scale=0.1)

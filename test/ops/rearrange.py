@@ -25,6 +25,7 @@ from test_utils import (
 )
 
 SHAPES = [(2, 3), (512, 4096)]
+LARGE = [(8192, 8192)]  # for --profile on a GPU
 DTYPES = ("bool", "i8", "u8", "i16", "i32", "i64", "f16", "bf16", "f32", "f64")
 
 
@@ -124,7 +125,7 @@ def test_refusals(device):
 
 
 def profile(device):
-    for shape in SHAPES:
+    for shape in [*SHAPES, *(LARGE if device == "nvidia" else [])]:
         for dtype in FLOATS:
             print(f"   transpose of {shape} dtype <{dtype}>")
             x, x_ = random_tensor(shape, dtype, device)

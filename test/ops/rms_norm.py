@@ -29,6 +29,7 @@ from test_utils import (
 )
 
 SHAPES = [(1, 4), (512, 4096)]
+LARGE = [(16384, 4096), (32768, 1536)]  # for --profile on a GPU
 
 
 def reference(x, w, eps):
@@ -134,7 +135,7 @@ def test_refusals(device):
 
 
 def profile(device):
-    for shape in SHAPES:
+    for shape in [*SHAPES, *(LARGE if device == "nvidia" else [])]:
         for dtype in FLOATS:
             print(f"   shape {shape} dtype <{dtype}>")
             x, x_ = random_tensor(shape, dtype, device)

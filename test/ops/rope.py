@@ -29,8 +29,9 @@ from test_utils import (
 )
 
 SHAPES = [((2, 1, 4), (0, 2)), ((512, 4, 4096), (512, 1024))]  # [seq, heads, d], positions
+LARGE = [((32768, 12, 128), (0, 32768))]  # for --profile on a GPU
 # Of one rounding of values up to 2; the reference is exact, so f32 needs no relative part.
-PRECISION = {"f32": (1e-5, 0.0), "f16": (1e-3, 1e-3), "bf16": (1e-2, 1e-2)}
+PRECISION = {"f32": (5e-5, 0.0), "f16": (1e-3, 1e-3), "bf16": (1e-2, 1e-2)}
 
 
 def angles(positions, d, theta):
@@ -153,7 +154,7 @@ def test_heads_of_a_fused_projection(device):
     q_and_k = fused.slice(1, 0, 6)
     llaisys.Ops.rope(q_and_k, q_and_k, to_llaisys(positions, device), 10000.0)
     expected = torch.cat([reference(x[:, :6], positions, 10000.0), x[:, 6:].double()], dim=1)
-    assert_close(to_torch(fused), expected, 1e-5, 0.0, "fused projection")
+    assert_close(to_torch(fused), expected, 5e-5, 0.0, "fused projection")
 
 
 def test_refusals(device):
@@ -192,7 +193,7 @@ def torch_rope(out, x, positions, theta):
 
 
 def profile(device):
-    for shape, (start, end) in SHAPES:
+    for shape, (start, end) in [*SHAPES, *(LARGE if device == "nvidia" else [])]:
         for dtype in FLOATS:
             print(f"   shape {shape} range {start, end} dtype <{dtype}>")
             x, x_ = random_tensor(shape, dtype, device)

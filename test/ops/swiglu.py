@@ -27,6 +27,7 @@ from test_utils import (
 )
 
 SHAPES = [(2, 3), (512, 4096)]
+LARGE = [(8192, 8960)]  # for --profile on a GPU
 
 
 def reference(gate, up):
@@ -120,7 +121,7 @@ def test_refusals(device):
 
 
 def profile(device):
-    for shape in SHAPES:
+    for shape in [*SHAPES, *(LARGE if device == "nvidia" else [])]:
         for dtype in FLOATS:
             print(f"   shape {shape} dtype <{dtype}>")
             gate, gate_ = random_tensor(shape, dtype, device)
