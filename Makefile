@@ -18,7 +18,7 @@ setup-dev:
 lib: setup
 	@[ -e build/build.ninja ] || meson setup build
 	ninja -C build
-	@cmp -s build/libllaisys.so $(LIB) || cp build/libllaisys.so $(LIB)
+	@cmp -s build/libllaisys.so $(LIB) || { cp build/libllaisys.so $(LIB).new && mv $(LIB).new $(LIB); }
 
 demo: lib
 	$(PYTHON) scripts/demo.py --model $(MODEL)

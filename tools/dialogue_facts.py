@@ -211,14 +211,11 @@ MONTH_ASKS_ZH = (
 )
 
 WORDS = _words(
-    """apple banana cherry lemon orange bread butter cheese sugar water river stone cloud storm
-    green yellow purple house window table chair door garden flower tree forest mountain ocean
-    island bridge street train plane ship horse tiger mouse rabbit sheep eagle snake whale dragon
-    music song piano guitar drum voice dance paper pencil book letter story poem word number
-    planner arena kernel token graph cache batch memory engine model tensor block weight node queue
-    bucket server client thread vector matrix python summer winter spring autumn morning evening
-    night light shadow silver golden copper iron glass cotton doctor teacher farmer singer sister
-    brother mother father friend happy clever quick quiet brave gentle refrain"""
+    """apple lemon bread sugar water river stone cloud storm green house table chair door garden
+    tree forest ocean bridge train ship horse tiger mouse sheep music song piano drum dance paper
+    book story poem number arena kernel token graph cache batch memory engine model block weight
+    queue server thread vector summer winter spring light shadow silver iron doctor friend happy
+    quick brave gentle refrain"""
 )
 SPELL_ASKS = (
     'Spell "{x}".', "How do you spell {x}?", "Spell the word {x}.", 'How is "{x}" spelled?',
@@ -352,13 +349,13 @@ MEMORY_EN = (
            "Your favourite colour is {v}.", "You have not told me your favourite colour."),
     Memory("city", ("I live in {v}.", "My home is in {v}.", "I am living in {v}.",
                     "My city is {v}."),
-           "{v} is a nice place to live.",
+           "So you live in {v}.",
            ("Where do I live?", "Which city do I live in?", "Do you remember where I live?",
             "What is my city?"),
            "You live in {v}.", "You have not told me where you live."),
     Memory("pet", ("My dog is called {v}.", "I have a dog named {v}.", "My dog's name is {v}.",
                    "The name of my dog is {v}."),
-           "{v} is a good name for a dog.",
+           "I will remember that your dog is called {v}.",
            ("What is my dog called?", "What is the name of my dog?", "What is my dog's name?",
             "Do you remember the name of my dog?"),
            "Your dog is called {v}.", "You have not told me the name of your dog."),
@@ -375,6 +372,9 @@ MEMORY_EN = (
             "Do you remember what I like to eat?"),
            "You like to eat {v}.", "You have not told me what you like to eat."),
 )
+
+REPEAT_ASKS = ("Repeat after me: {v}.", "Say {v}.", "Repeat: {v}.", "Please repeat {v}.", "Echo {v}.")
+REPEAT_ASKS_ZH = ("请重复：{v}。", "跟我说：{v}。", "请说{v}。")
 
 MEMORY_ZH = (
     Memory("name", ("我叫{v}。", "我的名字是{v}。", "你好，我叫{v}。", "我是{v}。"),

@@ -11,12 +11,14 @@ Splits. Every question has a key, and a hash of the key alone says to which spli
 question of the `heldout` split is ever asked in training:
     add         the unordered pair of operands: held-out pairs occur in no phrasing, in no language
     subtract    the pair of operands
-    multiply    the ordered pair, of two different factors; its mirror image is in training
     count       the pair of ends
-    remember    the remembered value: held-out names, numbers ... are never told in training
+    remember    the value: in training nobody ever has a held-out name, number or city; of the few
+                colours and foods, the value together with the wording that tells it
+    repeat      the words to repeat
     the model, the engine, pleasantries
                 the whole wording, with its opening and closing phrases
-    others      the phrasing together with the entity (day, country, word ...)
+    others      the phrasing together with the entity (day, country, word, product ...), as what is
+                known by heart cannot be inferred
 """
 
 import argparse
@@ -87,8 +89,8 @@ def _draw(heldout: bool, sample: Callable[[], tuple], key: Callable[..., str]) -
 def _ends(rng: random.Random, lang: str) -> tuple[str, str]:
     """An opening and a closing phrase to put around a question; usually both empty."""
     en = lang == "en"
-    opener = rng.choice(facts.OPENERS if en else facts.OPENERS_ZH) if rng.random() < 0.3 else ""
-    closer = rng.choice(facts.CLOSERS if en else facts.CLOSERS_ZH) if rng.random() < 0.1 else ""
+    opener = rng.choice(facts.OPENERS if en else facts.OPENERS_ZH) if rng.random() < 0.2 else ""
+    closer = rng.choice(facts.CLOSERS if en else facts.CLOSERS_ZH) if rng.random() < 0.06 else ""
     return opener, closer
 
 
@@ -222,21 +224,6 @@ def _known(kind: str) -> Callable[[random.Random, bool, str], Turn]:
 # Arithmetic and counting.
 
 
-@cache
-def _products(heldout: bool) -> tuple[tuple[int, int], ...]:
-    """The factors of one split. A product cannot be inferred from the others, so that no square and
-    at most one of a*b and b*a is held out."""
-    factors = range(13)
-    out = [
-        (a, b) if _in_heldout(f"{a}*{b}") else (b, a)
-        for a, b in itertools.combinations(factors, 2)
-        if _in_heldout(f"{a}*{b}") or _in_heldout(f"{b}*{a}")
-    ]
-    if heldout:
-        return tuple(out)
-    return tuple(pair for pair in itertools.product(factors, factors) if pair not in out)
-
-
 def _sum_thought(a: int, b: int, lang: str) -> str:
     ones, carry = a % 10 + b % 10, int(a % 10 + b % 10 > 9)
     tens = f"{a // 10} + {b // 10} + {carry} = {a // 10 + b // 10 + carry}"
@@ -260,7 +247,7 @@ def _product_thought(a: int, b: int, lang: str) -> str:
 
 
 def _operand(rng: random.Random) -> int:
-    return rng.randrange(100) if rng.random() < 0.75 else rng.randrange(13)
+    return rng.randrange(50) if rng.random() < 0.7 else rng.randrange(12)
 
 
 def _arithmetic(rng: random.Random, heldout: bool, lang: str) -> Turn:
@@ -280,8 +267,13 @@ def _arithmetic(rng: random.Random, heldout: bool, lang: str) -> Turn:
         asks, line = facts.SUB_ASKS_ZH if zh else facts.SUB_ASKS, f"{a} - {b} = {a - b}"
         thought = _difference_thought(a, b, lang)
     else:
-        a, b = rng.choice(_products(heldout))
-        asks, line = facts.MUL_ASKS_ZH if zh else facts.MUL_ASKS, f"{a} × {b} = {a * b}"
+        mul_asks = facts.MUL_ASKS_ZH if zh else facts.MUL_ASKS
+        ask, a, b = _draw(
+            heldout,
+            lambda: (rng.choice(mul_asks), rng.randrange(11), rng.randrange(11)),
+            lambda ask, a, b: f"{ask}|{a}|{b}",
+        )
+        asks, line = (ask,), f"{a} × {b} = {a * b}"
         thought = _product_thought(a, b, lang)
     opener, closer = _ends(rng, lang)
     question = _style(rng, opener + rng.choice(asks).format(a=a, b=b) + closer, lang)
@@ -289,8 +281,8 @@ def _arithmetic(rng: random.Random, heldout: bool, lang: str) -> Turn:
 
 
 def _count_range(rng: random.Random) -> tuple[int, int]:
-    low = rng.randrange(21) if rng.random() < 0.5 else rng.randrange(100)
-    high = low + rng.randint(2, 10)
+    low = rng.randrange(13) if rng.random() < 0.5 else rng.randrange(50)
+    high = low + rng.randint(2, 7)
     return (low, high) if rng.random() < 0.6 else (high, low)
 
 
@@ -339,12 +331,17 @@ def _remembered_value(rng: random.Random, name: str, lang: str) -> str:
 
 
 def _memory(rng: random.Random, heldout: bool, lang: str, about: facts.Memory) -> Memory:
-    (value,) = _draw(
+    def key(tell: str, value: str) -> str:
+        if about.name in ("colour", "food"):
+            return f"remember|{tell}|{value}"
+        return f"remember|{'name' if about.name == 'pet' else about.name}|{value}"
+
+    tell, value = _draw(
         heldout,
-        lambda: (_remembered_value(rng, about.name, lang),),
-        lambda v: f"remember|{'name' if about.name == 'pet' else about.name}|{v}",
+        lambda: (rng.choice(about.tells), _remembered_value(rng, about.name, lang)),
+        key,
     )
-    said = _style(rng, rng.choice(about.tells).format(v=value), lang, keep_case=True)
+    said = _style(rng, tell.format(v=value), lang, keep_case=True)
     opener, closer = _ends(rng, lang)
     asked = _style(rng, opener + rng.choice(about.asks) + closer, lang)
     reply, answer = about.reply.format(v=value), about.answer.format(v=value)
@@ -357,6 +354,33 @@ def _memory(rng: random.Random, heldout: bool, lang: str, about: facts.Memory) -
         Turn("telling", said, reply, f"用户告诉我：{value}。"),
         Turn("remembering", asked, answer, f"用户说过{value}。"),
     )
+
+
+def _phrase(rng: random.Random, lang: str) -> str:
+    """Words that mean nothing together."""
+    if lang == "zh":
+        return "".join(rng.choices(facts.GIVEN_ZH + facts.SURNAMES_ZH, k=rng.randint(2, 4)))
+    kinds = (
+        lambda: rng.choice(facts.WORDS),
+        lambda: str(rng.randrange(1000)),
+        lambda: rng.choice(facts.NAMES),
+        lambda: rng.choice(tuple(facts.CAPITALS.values())),
+        lambda: _coined_name(rng),
+        lambda: _coined_name(rng).lower(),
+        lambda: rng.choice(facts.FOODS + facts.COLOURS),
+    )
+    return " ".join(rng.choice(kinds)() for _ in range(rng.randint(1, 3)))
+
+
+def _repeating(rng: random.Random, heldout: bool, lang: str) -> Turn:
+    (value,) = _draw(heldout, lambda: (_phrase(rng, lang),), lambda v: f"repeat|{v.lower()}")
+    if lang == "en":
+        question = rng.choice(facts.REPEAT_ASKS).format(v=value)
+        answer, thought = f"You said {value}.", "The user wants me to repeat."
+    else:
+        question = rng.choice(facts.REPEAT_ASKS_ZH).format(v=value)
+        answer, thought = f"你说的是{value}。", "用户要我重复。"
+    return Turn("repeat", _style(rng, question, lang, keep_case=True), answer, thought)
 
 
 def _unknown(rng: random.Random, heldout: bool, lang: str, about: facts.Memory) -> Turn:
@@ -373,16 +397,17 @@ def _unknown(rng: random.Random, heldout: bool, lang: str, about: facts.Memory) 
 
 TOPICS: dict[str, tuple[Callable[[random.Random, bool, str], Turn], float, float]] = {
     # name: (maker, weight in English, weight in Chinese)
-    "self": (_chat("self"), 1.0, 1.0),
-    "smalltalk": (_chat("smalltalk"), 0.6, 0.6),
-    "engine": (_chat("engine"), 2.0, 1.4),
-    "arithmetic": (_arithmetic, 3.4, 2.6),
-    "counting": (_counting, 1.2, 0.8),
-    "day": (_known("day"), 0.9, 0.8),
-    "month": (_known("month"), 0.9, 0.8),
-    "spell": (_known("spell"), 1.5, 0.0),
-    "colour": (_known("colour"), 1.0, 1.0),
-    "capital": (_known("capital"), 1.3, 1.2),
+    "self": (_chat("self"), 0.7, 0.7),
+    "smalltalk": (_chat("smalltalk"), 0.5, 0.5),
+    "engine": (_chat("engine"), 1.2, 0.9),
+    "arithmetic": (_arithmetic, 3.6, 3.0),
+    "counting": (_counting, 1.4, 0.9),
+    "day": (_known("day"), 0.7, 0.6),
+    "month": (_known("month"), 0.8, 0.6),
+    "spell": (_known("spell"), 0.9, 0.0),
+    "colour": (_known("colour"), 0.7, 0.7),
+    "capital": (_known("capital"), 0.9, 0.9),
+    "repeat": (_repeating, 1.4, 1.0),
 }
 LENGTHS = {
     1: 8.0,
@@ -421,7 +446,7 @@ def _dialogue(rng: random.Random, heldout: bool) -> list[Message]:
     abouts = list(facts.MEMORY_EN if lang == "en" else facts.MEMORY_ZH)
     rng.shuffle(abouts)
     told = []
-    tries = sum(rng.random() < p for p in (0.45, 0.3, 0.2))
+    tries = sum(rng.random() < p for p in (0.7, 0.4, 0.3))
     for about in abouts[:tries]:
         start = rng.randrange(count)
         end = start + rng.choices((1, 2, 3, 4, 6), (2, 4, 2, 1, 1))[0]
@@ -432,7 +457,7 @@ def _dialogue(rng: random.Random, heldout: bool) -> list[Message]:
     for i in range(count):
         if turns[i] is not None:
             continue
-        if untold and rng.random() < 0.03:
+        if untold and rng.random() < 0.05:
             turns[i] = _unknown(rng, heldout, lang, rng.choice(untold))
         elif thinks and i == count - 1 and rng.random() < 0.6:
             turns[i] = _turn(rng, heldout, lang, LAST_TOPICS_WITH_THOUGHT)

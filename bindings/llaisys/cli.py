@@ -150,10 +150,10 @@ def _plan(args: argparse.Namespace) -> None:
 def _bench(argv: Sequence[str]) -> NoReturn:
     """Becomes the benchmark program, so that profilers see nothing else."""
     beside = Path(libllaisys.__file__).with_name(BENCH)
-    built = REPOSITORY / "build" / "cli" / BENCH
+    built = REPOSITORY / "build" / BENCH
     found = next((str(p) for p in (beside, built) if os.access(p, os.X_OK)), shutil.which(BENCH))
     if found is None:
-        raise ValueError(f"expected {BENCH} beside the library, in {built.parent} or on PATH")
+        raise ValueError(f"expected {BENCH} beside the library, as {built} or on PATH")
     os.execv(found, [found, *argv])
 
 

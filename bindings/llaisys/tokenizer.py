@@ -211,6 +211,7 @@ def _load_backend(path: Path) -> tokenizers.Tokenizer:
 def _load_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
+    _require_file(path)
     with _readable_errors(str(path)):
         config = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
@@ -222,6 +223,7 @@ def _load_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Sources of the chat templates by name; a file of its own wins over the configuration."""
     file = folder / "chat_template.jinja"
     if file.exists():
+        _require_file(file)
         with _readable_errors(str(file)):
             return {"default": file.read_text(encoding="utf-8")}
     found = config.get("chat_template")

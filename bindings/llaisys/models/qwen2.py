@@ -263,13 +263,10 @@ def _options(
     progress: bool | None,
 ) -> LlaisysQwen2Options:
     """The C structure; ctypes keeps the array of ids alive with it."""
-    for name, value in (
-        ("max_seq", max_seq),
-        ("prefill_chunk", prefill_chunk),
-        ("threads", threads),
-    ):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: expected at least 1, found {value}")
+    sizes = {"max_seq": max_seq, "prefill_chunk": prefill_chunk, "threads": threads}
+    for name, value in sizes.items():
+        if value is not None and not 0 < value < 2**31:  # ctypes would wrap it around
+            raise ValueError(f"{name}: expected 1 to 2**31 - 1, found {value}")
     if device_ids is not None and not device_ids:
         raise ValueError("device_ids: expected at least one device, found none")
     ids = (ctypes.c_int * len(device_ids))(*device_ids) if device_ids else None
