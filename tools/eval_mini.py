@@ -11,6 +11,7 @@ token ids, so that an engine's test can pass its own.
 import argparse
 import json
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -146,6 +147,7 @@ def transformers_generate(path: Path, threads: int) -> Generate:
 
 def llaisys_generate(path: Path) -> Generate:
     """Greedy decoding by our engine, on the CPU."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bindings"))
     import llaisys
 
     model = llaisys.models.Qwen2(str(path), llaisys.DeviceType.CPU)
