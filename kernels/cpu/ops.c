@@ -71,7 +71,7 @@ static lla_status rms_norm(llaisysDataType_t dtype, size_t rows, size_t d, const
 static void angles(size_t dim, double theta, double position, double rounded_below, float *cos_sin) {
     for (size_t j = 0; j < dim / 2; j++) {
         double angle = position * pow(theta, -2.0 * (double)j / (double)dim);
-        if (angle < rounded_below) angle = (double)(float)angle;
+        if (fabs(angle) < rounded_below) angle = (double)(float)angle;
         cos_sin[j] = (float)cos(angle);
         cos_sin[dim / 2 + j] = (float)sin(angle);
     }
