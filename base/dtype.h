@@ -37,7 +37,9 @@ static inline uint32_t lla_float_bits(float value) {
     return bits;
 }
 
-static inline float lla_bf16_to_f32(uint16_t h) { return lla_bits_float((uint32_t)h << 16); }
+static inline float lla_bf16_to_f32(uint16_t h) {
+    return lla_bits_float((uint32_t)h << 16);
+}
 
 static inline uint16_t lla_f32_to_bf16(float value) {
     uint32_t bits = lla_float_bits(value);
@@ -62,7 +64,8 @@ static inline uint16_t lla_f32_to_f16(float value) {
     return (uint16_t)(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1)) >> 13));
 }
 
-/* Element i of an array of a compute dtype, as f32, and back with rounding. The array may be unaligned, as in a mapped file. */
+/* Element i of an array of a compute dtype, as f32, and back with rounding. The array may be unaligned, as in a mapped
+ * file. */
 static inline float lla_load_float(const void *data, size_t i, llaisysDataType_t dtype) {
     float value;
     uint16_t h;

@@ -1,7 +1,7 @@
 /* status.h: one status for every fallible function, and the message that goes with it.
  *
- * Zero is success. A failing function sets the calling thread's message, one line that says what was expected and what was
- * found, and returns non-zero; callers pass the status on with LLA_TRY. */
+ * Zero is success. A failing function sets the calling thread's message, one line that says what was expected and what
+ * was found, and returns non-zero; callers pass the status on with LLA_TRY. */
 #ifndef LLA_STATUS_H
 #define LLA_STATUS_H
 
@@ -29,21 +29,21 @@ void lla_clear_error(void);
 /* The thread's message, or NULL. */
 const char *lla_last_error(void);
 
-#define LLA_TRY(expr)                  \
-    do {                               \
-        lla_status lla_status_ = (expr); \
-        if (lla_status_) return lla_status_; \
+#define LLA_TRY(expr)                                                                                                  \
+    do {                                                                                                               \
+        lla_status lla_status_ = (expr);                                                                               \
+        if (lla_status_) return lla_status_;                                                                           \
     } while (0)
 
-#define LLA_TRY_GOTO(status, expr, label) \
-    do {                                  \
-        (status) = (expr);                \
-        if (status) goto label;           \
+#define LLA_TRY_GOTO(status, expr, label)                                                                              \
+    do {                                                                                                               \
+        (status) = (expr);                                                                                             \
+        if (status) goto label;                                                                                        \
     } while (0)
 
-#define LLA_REQUIRE(cond, status, ...)              \
-    do {                                            \
-        if (!(cond)) return lla_fail(status, __VA_ARGS__); \
+#define LLA_REQUIRE(cond, status, ...)                                                                                 \
+    do {                                                                                                               \
+        if (!(cond)) return lla_fail(status, __VA_ARGS__);                                                             \
     } while (0)
 
 #ifdef __cplusplus

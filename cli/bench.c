@@ -1,9 +1,10 @@
-/* llaisys-bench: prefill and decode speed of the engine alone, token ids only, beside the limits of the same machine measured in
- * the same run. `llaisys-bench --help` lists the options.
+/* llaisys-bench: prefill and decode speed of the engine alone, token ids only, beside the limits of the same machine
+ * measured in the same run. `llaisys-bench --help` lists the options.
  *
- * Decode is bound by bytes: every step reads all weights but the embedding table, and each sequence's KV cache. Its ceiling is a plain
- * read of the same memory by the same threads, taken between the decode steps, so that both see the same machine. Prefill is
- * bound by arithmetic: two operations for every weight and token, and attention; its ceiling is the dot-product instruction. */
+ * Decode is bound by bytes: every step reads all weights but the embedding table, and each sequence's KV cache. Its
+ * ceiling is a plain read of the same memory by the same threads, taken between the decode steps, so that both see the
+ * same machine. Prefill is bound by arithmetic: two operations for every weight and token, and attention; its ceiling
+ * is the dot-product instruction. */
 #include "../engine/load.h"
 #include "../engine/runner.h"
 #include "../kernels/cpu/isa.h"
@@ -89,8 +90,8 @@ static void compute_share(void *arg, size_t rank) {
     lla_isa()->peak(*(const llaisysDataType_t *)arg, PEAK_ITERATIONS);
 }
 
-/* Operations a second (a multiply-add is two) of the dot-product instruction that the dtype's kernels use, on all threads: the best of
- * five tries. */
+/* Operations a second (a multiply-add is two) of the dot-product instruction that the dtype's kernels use, on all
+ * threads: the best of five tries. */
 static double peak_flops(llaisysDataType_t dtype, struct lla_crew *crew) {
     const double done = (double)lla_crew_size(crew) * lla_isa()->peak(dtype, PEAK_ITERATIONS);
     double best = 0;
@@ -160,12 +161,14 @@ static lla_status open_model(const struct options *o, struct lla_runner *runner,
         report->name = o->model;
     }
     struct lla_limits limits = {.device = o->is_cuda ? LLAISYS_DEVICE_NVIDIA : LLAISYS_DEVICE_CPU,
-                                .max_seq = o->context + o->tokens + 1, .max_seqs = o->batch, .prefill_chunk = o->chunk};
+                                .max_seq = o->context + o->tokens + 1,
+                                .max_seqs = o->batch,
+                                .prefill_chunk = o->chunk};
     if (limits.max_seq > spec.max_position) limits.max_seq = spec.max_position;
     lla_status status = LLA_OK;
     if (o->context + o->tokens > limits.max_seq)
-        status = lla_fail(LLA_ELIMIT, "--context %zu and --new %zu exceed the model's context of %zu tokens", o->context,
-                          o->tokens, limits.max_seq);
+        status = lla_fail(LLA_ELIMIT, "--context %zu and --new %zu exceed the model's context of %zu tokens",
+                          o->context, o->tokens, limits.max_seq);
     const double planned = now();
     if (!status) status = lla_runner_create(&spec, &limits, (struct lla_shard){0, 1}, 0, o->nthread, runner);
     const double created = now();
@@ -184,7 +187,8 @@ static lla_status open_model(const struct options *o, struct lla_runner *runner,
     return LLA_OK;
 }
 
-/* Bytes that one decode step must read: the weights of the layers and the head, an embedding row and the KV cache of every sequence. */
+/* Bytes that one decode step must read: the weights of the layers and the head, an embedding row and the KV cache of
+ * every sequence. */
 static double step_bytes(const struct lla_graph *g, double batch, double context) {
     const struct lla_plan *p = &g->plan;
     const double e = (double)lla_dtype_size(p->spec.dtype);
@@ -195,7 +199,8 @@ static double step_bytes(const struct lla_graph *g, double batch, double context
     return bytes + batch * context * 2 * (double)(p->nkvhead * p->spec.head_dim * p->spec.nlayer) * e;
 }
 
-/* Operations of a prompt: two for every weight of the layers and token, the head once a sequence, and causal attention. */
+/* Operations of a prompt: two for every weight of the layers and token, the head once a sequence, and causal attention.
+ */
 static double prompt_flops(const struct lla_graph *g, double batch, double n) {
     const struct lla_plan *p = &g->plan;
     double weights = 0, head = 0;
@@ -204,7 +209,8 @@ static double prompt_flops(const struct lla_graph *g, double batch, double n) {
         if (w->kind == LLA_W_HEAD) head = (double)(w->rows * w->cols);
         if (w->kind != LLA_W_HEAD && w->kind != LLA_W_EMBED && w->cols > 1) weights += (double)(w->rows * w->cols);
     }
-    const double attention = 2 * n * n * (double)(p->nhead * p->spec.head_dim * p->spec.nlayer); /* q k^T and p v, half of the square */
+    const double attention =
+        2 * n * n * (double)(p->nhead * p->spec.head_dim * p->spec.nlayer); /* q k^T and p v, half of the square */
     return batch * (2 * weights * n + 2 * head + attention);
 }
 
@@ -282,7 +288,8 @@ static lla_status measure(struct lla_runner *r, const struct options *o, struct 
     }
 
     /* a plain read of the same weights, at most 4 GB of them, after every eighth decode step */
-    const size_t read_bytes = r->graph.plan.weight_bytes < (size_t)4 << 30 ? r->graph.plan.weight_bytes : (size_t)4 << 30;
+    const size_t read_bytes =
+        r->graph.plan.weight_bytes < (size_t)4 << 30 ? r->graph.plan.weight_bytes : (size_t)4 << 30;
     size_t nread = 0;
     report->hash = 0xcbf29ce484222325u; /* FNV-1a over the tokens */
     for (size_t t = 0; t < o->tokens; t++) {
@@ -325,17 +332,21 @@ static void print_text(const struct options *o, const struct report *r, int nthr
     const struct lla_plan *p = &r->graph->plan;
     const double prompt = (double)(o->batch * o->context);
     if (o->is_cuda)
-        printf("%s  %s, nvidia, batch %zu, context %zu, new %zu\n", r->name, lla_dtype_name(p->spec.dtype), o->batch, o->context, o->tokens);
+        printf("%s  %s, nvidia, batch %zu, context %zu, new %zu\n", r->name, lla_dtype_name(p->spec.dtype), o->batch,
+               o->context, o->tokens);
     else
-        printf("%s  %s, cpu (%s), %d thread%s, batch %zu, context %zu, new %zu\n", r->name, lla_dtype_name(p->spec.dtype), r->isa,
-           nthread, nthread == 1 ? "" : "s", o->batch, o->context, o->tokens);
-    printf("start-up  config and map %.3f s, plan %.4f s, arena %.3f s, tables and programs %.3f s, weights %.2f s (%.2f GB)\n",
+        printf("%s  %s, cpu (%s), %d thread%s, batch %zu, context %zu, new %zu\n", r->name,
+               lla_dtype_name(p->spec.dtype), r->isa, nthread, nthread == 1 ? "" : "s", o->batch, o->context,
+               o->tokens);
+    printf("start-up  config and map %.3f s, plan %.4f s, arena %.3f s, tables and programs %.3f s, weights %.2f s "
+           "(%.2f GB)\n",
            r->open_s, r->plan_s, r->alloc_s, r->build_s, r->load_s, 1e-9 * (double)p->weight_bytes);
     printf("limits    plain read %.1f GB/s", r->read_gbs);
     if (r->peak_flops > 0) printf(", dot products %.0f GFLOP/s", 1e-9 * r->peak_flops);
     printf("\n");
     printf("prefill   %8.1f tokens/s   %.2f ms (%.2f to %.2f)   %.0f GFLOP/s", prompt / r->prefill.median,
-           1e3 * r->prefill.median, 1e3 * r->prefill.low, 1e3 * r->prefill.high, 1e-9 * r->prefill_flops / r->prefill.median);
+           1e3 * r->prefill.median, 1e3 * r->prefill.low, 1e3 * r->prefill.high,
+           1e-9 * r->prefill_flops / r->prefill.median);
     if (r->peak_flops > 0) printf(", %.1f%% of the peak", 100 * r->prefill_flops / r->prefill.median / r->peak_flops);
     printf("\n");
     const double gbs = 1e-9 * r->decode_bytes / r->decode.median;
@@ -352,9 +363,10 @@ static void print_text(const struct options *o, const struct report *r, int nthr
 static void print_json(const struct options *o, const struct report *r, int nthread) {
     const struct lla_plan *p = &r->graph->plan;
     const double gbs = 1e-9 * r->decode_bytes / r->decode.median;
-    printf("{\"model\": \"%s\", \"dtype\": \"%s\", \"device\": \"%s\", \"isa\": \"%s\", \"threads\": %d, \"batch\": %zu, "
-           "\"context\": %zu, \"new_tokens\": %zu,\n",
-           r->name, lla_dtype_name(p->spec.dtype), o->device, r->isa, nthread, o->batch, o->context, o->tokens);
+    printf(
+        "{\"model\": \"%s\", \"dtype\": \"%s\", \"device\": \"%s\", \"isa\": \"%s\", \"threads\": %d, \"batch\": %zu, "
+        "\"context\": %zu, \"new_tokens\": %zu,\n",
+        r->name, lla_dtype_name(p->spec.dtype), o->device, r->isa, nthread, o->batch, o->context, o->tokens);
     printf(" \"startup_s\": {\"open\": %.6f, \"plan\": %.6f, \"arena\": %.6f, \"programs\": %.6f, \"weights\": %.6f}, "
            "\"weight_bytes\": %zu, \"arena_bytes\": %zu,\n",
            r->open_s, r->plan_s, r->alloc_s, r->build_s, r->load_s, p->weight_bytes, p->total);
@@ -365,9 +377,11 @@ static void print_json(const struct options *o, const struct report *r, int nthr
            1e3 * r->prefill.high, 1e-9 * r->prefill_flops / r->prefill.median,
            r->peak_flops > 0 ? 100 * r->prefill_flops / r->prefill.median / r->peak_flops : 0);
     if (o->is_cuda)
-        printf(" \"replay\": {\"ms\": %.4f, \"ms_p10\": %.4f, \"ms_p90\": %.4f, \"percent_of_read\": %.2f},\n", 1e3 * r->device.median,
-               1e3 * r->device.low, 1e3 * r->device.high, 100e-9 * r->decode_bytes / r->device.median / r->read_gbs);
-    printf(" \"decode\": {\"tokens_per_s\": %.3f, \"ms\": %.4f, \"ms_p10\": %.4f, \"ms_p90\": %.4f, \"bytes\": %.0f, \"gbs\": %.3f, "
+        printf(" \"replay\": {\"ms\": %.4f, \"ms_p10\": %.4f, \"ms_p90\": %.4f, \"percent_of_read\": %.2f},\n",
+               1e3 * r->device.median, 1e3 * r->device.low, 1e3 * r->device.high,
+               100e-9 * r->decode_bytes / r->device.median / r->read_gbs);
+    printf(" \"decode\": {\"tokens_per_s\": %.3f, \"ms\": %.4f, \"ms_p10\": %.4f, \"ms_p90\": %.4f, \"bytes\": %.0f, "
+           "\"gbs\": %.3f, "
            "\"percent_of_read\": %.2f},\n",
            (double)o->batch / r->decode.median, 1e3 * r->decode.median, 1e3 * r->decode.low, 1e3 * r->decode.high,
            r->decode_bytes, gbs, 100 * gbs / r->read_gbs);
@@ -378,7 +392,8 @@ static void usage(FILE *out) {
     fprintf(out, "usage: llaisys-bench [options]\n"
                  "  --model DIR      a model folder in transformers' format\n"
                  "  --shape NAME     random weights of a known shape instead:");
-    for (size_t i = 0; i < sizeof lla_shapes / sizeof *lla_shapes; i++) fprintf(out, "%s %s", i ? "," : "", lla_shapes[i].name);
+    for (size_t i = 0; i < sizeof lla_shapes / sizeof *lla_shapes; i++)
+        fprintf(out, "%s %s", i ? "," : "", lla_shapes[i].name);
     fprintf(out, "\n                   (default: deepseek-r1-distill-qwen-1.5b)\n"
                  "  --device NAME    cpu or nvidia (cpu)\n"
                  "  --batch N        sequences decoded together (1)\n"

@@ -37,8 +37,10 @@ size_t lla_memory_available(void) {
 lla_status lla_arena_alloc(size_t nbytes, char **out) {
     /* Over-map by a huge page, then give back what lies before and behind the aligned part. */
     const size_t size = (nbytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-    char *raw = mmap(NULL, size + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (raw == MAP_FAILED) return lla_fail(LLA_ENOMEM, "no memory for an arena of %zu bytes: %s", nbytes, strerror(errno));
+    char *raw =
+        mmap(NULL, size + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (raw == MAP_FAILED)
+        return lla_fail(LLA_ENOMEM, "no memory for an arena of %zu bytes: %s", nbytes, strerror(errno));
     char *arena = (char *)(((uintptr_t)raw + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
     if (arena > raw) munmap(raw, (size_t)(arena - raw));
     if (raw + HUGE_PAGE > arena) munmap(arena + size, (size_t)(raw + HUGE_PAGE - arena));

@@ -18,8 +18,8 @@ void lla_kvpool_destroy(struct lla_kvpool *pool) {
 
 lla_status lla_kvpool_grow(struct lla_kvpool *pool, int32_t *blocks, size_t *count, size_t want) {
     if (want <= *count) return LLA_OK;
-    LLA_REQUIRE(want - *count <= pool->nfree, LLA_ELIMIT, "%zu KV blocks are needed, %zu of %zu are free", want - *count,
-                pool->nfree, pool->total);
+    LLA_REQUIRE(want - *count <= pool->nfree, LLA_ELIMIT, "%zu KV blocks are needed, %zu of %zu are free",
+                want - *count, pool->nfree, pool->total);
     while (*count < want) blocks[(*count)++] = pool->free[--pool->nfree];
     return LLA_OK;
 }

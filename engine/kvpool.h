@@ -1,4 +1,5 @@
-/* kvpool.h: which KV blocks of an arena are free. Block 0 is the dummy that padding rows write to, and never given out. */
+/* kvpool.h: which KV blocks of an arena are free. Block 0 is the dummy that padding rows write to, and never given out.
+ */
 #ifndef LLA_KVPOOL_H
 #define LLA_KVPOOL_H
 
@@ -17,7 +18,8 @@ struct lla_kvpool {
 lla_status lla_kvpool_create(size_t nblock, struct lla_kvpool *pool);
 void lla_kvpool_destroy(struct lla_kvpool *pool);
 
-/* Appends blocks to blocks[*count ..] until there are `want`; gives none and fails with LLA_ELIMIT where too few are free. */
+/* Appends blocks to blocks[*count ..] until there are `want`; gives none and fails with LLA_ELIMIT where too few are
+ * free. */
 lla_status lla_kvpool_grow(struct lla_kvpool *pool, int32_t *blocks, size_t *count, size_t want);
 /* Gives back blocks [keep, *count). */
 void lla_kvpool_shrink(struct lla_kvpool *pool, const int32_t *blocks, size_t *count, size_t keep);

@@ -22,8 +22,8 @@ static const char *shape_text(const size_t *shape, size_t ndim, char *text, size
 }
 
 /* Rows [r0, r1) of the part, dense, converted to the model's dtype, by all cores. */
-static void convert_rows(const struct lla_weight_part *p, const struct lla_st_tensor *t, llaisysDataType_t dtype, size_t r0, size_t r1,
-                         char *dst) {
+static void convert_rows(const struct lla_weight_part *p, const struct lla_st_tensor *t, llaisysDataType_t dtype,
+                         size_t r0, size_t r1, char *dst) {
     const size_t from = lla_dtype_size(t->dtype), to = lla_dtype_size(dtype);
     const char *src = (const char *)t->data + ((p->row0 + r0) * p->full_cols + p->col0) * from;
     if (p->cols == p->full_cols) { /* whole rows: pieces of a megabyte, so that all threads fault pages in */
@@ -47,10 +47,11 @@ static lla_status load_part(struct lla_runner *runner, const struct lla_weight *
     if (t->ndim != p->ndim || t->shape[0] != want[0] || (p->ndim == 2 && t->shape[1] != want[1])) {
         char expected[64], found[256];
         return lla_fail(LLA_EFORMAT, "%s: tensor '%s': config.json asks for shape %s, found %s", t->file, p->name,
-                        shape_text(want, p->ndim, expected, sizeof expected), shape_text(t->shape, t->ndim, found, sizeof found));
+                        shape_text(want, p->ndim, expected, sizeof expected),
+                        shape_text(t->shape, t->ndim, found, sizeof found));
     }
-    LLA_REQUIRE(lla_dtype_is_compute(t->dtype), LLA_EFORMAT, "%s: tensor '%s': dtype is %s, expected bf16, f16 or f32", t->file,
-                p->name, lla_dtype_name(t->dtype));
+    LLA_REQUIRE(lla_dtype_is_compute(t->dtype), LLA_EFORMAT, "%s: tensor '%s': dtype is %s, expected bf16, f16 or f32",
+                t->file, p->name, lla_dtype_name(t->dtype));
     const size_t row_bytes = w->cols * lla_dtype_size(dtype);
     if (!staging) { /* host memory: converted where it belongs */
         convert_rows(p, t, dtype, 0, p->rows, runner->arena + w->offset + p->dst_row * row_bytes);
@@ -93,8 +94,9 @@ void lla_progress_bar(size_t done_bytes, size_t total_bytes) {
     if (!isatty(STDERR_FILENO)) return;
     const size_t filled = done_bytes * WIDTH / total_bytes;
     static const char bar[WIDTH + 1] = "########################################";
-    fprintf(stderr, "\rloading  [%.*s%*s] %4zu / %zu MiB", (int)filled, bar, (int)(WIDTH - filled), "", done_bytes >> 20,
-            total_bytes >> 20);
+    fprintf(stderr, "\rloading  [%.*s%*s] %4zu / %zu MiB", (int)filled, bar, (int)(WIDTH - filled), "",
+            done_bytes >> 20, total_bytes >> 20);
     /* regions are aligned, so that the last weight may end a few bytes short of the total */
-    if (total_bytes - done_bytes < (size_t)LLA_ALIGN * 4096 && done_bytes * 1000 > total_bytes * 999) fprintf(stderr, "\r\033[K");
+    if (total_bytes - done_bytes < (size_t)LLA_ALIGN * 4096 && done_bytes * 1000 > total_bytes * 999)
+        fprintf(stderr, "\r\033[K");
 }

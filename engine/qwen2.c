@@ -23,12 +23,14 @@ struct LlaisysQwen2Model {
 };
 
 static lla_status check_device(llaisysDeviceType_t device, const int *device_ids, int ndevice) {
-    LLA_REQUIRE(device == LLAISYS_DEVICE_CPU || device == LLAISYS_DEVICE_NVIDIA, LLA_EINVAL, "unknown device type %d", device);
-    LLA_REQUIRE(ndevice == 1, LLA_EINVAL, "%d devices were asked for, expected 1: tensor parallelism is not there yet", ndevice);
+    LLA_REQUIRE(device == LLAISYS_DEVICE_CPU || device == LLAISYS_DEVICE_NVIDIA, LLA_EINVAL, "unknown device type %d",
+                device);
+    LLA_REQUIRE(ndevice == 1, LLA_EINVAL, "%d devices were asked for, expected 1: tensor parallelism is not there yet",
+                ndevice);
     const int id = device_ids ? device_ids[0] : 0, count = lla_device_get(device)->count();
     LLA_REQUIRE(count > 0, LLA_EDEVICE, "device %s was asked for, but there is none", lla_device_get(device)->name);
-    LLA_REQUIRE(id >= 0 && id < count, LLA_EINVAL, "%s device %d was asked for, expected 0 to %d", lla_device_get(device)->name, id,
-                count - 1);
+    LLA_REQUIRE(id >= 0 && id < count, LLA_EINVAL, "%s device %d was asked for, expected 0 to %d",
+                lla_device_get(device)->name, id, count - 1);
     return LLA_OK;
 }
 
@@ -37,7 +39,8 @@ static lla_status create(const struct lla_spec *spec, const struct lla_limits *l
     lla_status status;
     struct LlaisysQwen2Model *m = calloc(1, sizeof *m);
     LLA_REQUIRE(m, LLA_ENOMEM, "no memory for a model");
-    LLA_TRY_GOTO(status, lla_runner_create(spec, limits, (struct lla_shard){0, 1}, device_id, nthread, &m->runner), fail);
+    LLA_TRY_GOTO(status, lla_runner_create(spec, limits, (struct lla_shard){0, 1}, device_id, nthread, &m->runner),
+                 fail);
     LLA_TRY_GOTO(status, lla_kvpool_create(m->runner.graph.plan.nblock, &m->pool), fail);
     m->blocks = calloc(m->runner.graph.plan.max_blocks, sizeof *m->blocks);
     if (!m->blocks) {
@@ -78,7 +81,8 @@ static lla_status borrow(struct LlaisysQwen2Model *m, enum lla_weight_kind kind,
     const struct lla_plan *plan = &m->runner.graph.plan;
     const struct lla_weight *w = lla_plan_weight(plan, kind, layer);
     const size_t shape[2] = {rows, w->cols};
-    char *data = m->runner.arena ? m->runner.arena + w->offset + row * w->cols * lla_dtype_size(plan->spec.dtype) : NULL;
+    char *data =
+        m->runner.arena ? m->runner.arena + w->offset + row * w->cols * lla_dtype_size(plan->spec.dtype) : NULL;
     *out = lla_tensor_borrow(data, shape, w->cols == 1 ? 1 : 2, NULL, plan->spec.dtype, plan->limits.device, 0);
     if (!*out) return LLA_ENOMEM;
     if (!data) { /* on a GPU weights are packed: they can be loaded, but not read or written through the handle */
@@ -93,15 +97,16 @@ static lla_status borrow(struct LlaisysQwen2Model *m, enum lla_weight_kind kind,
 
 static lla_status make_handles(struct LlaisysQwen2Model *m) {
     const struct lla_plan *p = &m->runner.graph.plan;
-    const size_t n = p->spec.nlayer, h = p->spec.hidden, q = p->nhead * p->spec.head_dim, kv = p->nkvhead * p->spec.head_dim;
+    const size_t n = p->spec.nlayer, h = p->spec.hidden, q = p->nhead * p->spec.head_dim,
+                 kv = p->nkvhead * p->spec.head_dim;
     struct LlaisysQwen2Weights *w = &m->weights;
     m->handles = calloc(3 + HANDLES_PER_LAYER * n, sizeof *m->handles);
     llaisysTensor_t *arrays = calloc(HANDLES_PER_LAYER * n, sizeof *arrays);
     w->attn_norm_w = arrays;
     LLA_REQUIRE(m->handles && arrays, LLA_ENOMEM, "no memory for %zu weight handles", HANDLES_PER_LAYER * n);
-    llaisysTensor_t **const array[HANDLES_PER_LAYER] = {
-        &w->attn_norm_w, &w->attn_q_w, &w->attn_q_b,   &w->attn_k_w,   &w->attn_k_b, &w->attn_v_w,
-        &w->attn_v_b,    &w->attn_o_w, &w->mlp_norm_w, &w->mlp_gate_w, &w->mlp_up_w, &w->mlp_down_w};
+    llaisysTensor_t **const array[HANDLES_PER_LAYER] = {&w->attn_norm_w, &w->attn_q_w,   &w->attn_q_b, &w->attn_k_w,
+                                                        &w->attn_k_b,    &w->attn_v_w,   &w->attn_v_b, &w->attn_o_w,
+                                                        &w->mlp_norm_w,  &w->mlp_gate_w, &w->mlp_up_w, &w->mlp_down_w};
     for (size_t i = 0; i < HANDLES_PER_LAYER; i++) *array[i] = arrays + i * n;
 
     LLA_TRY(borrow(m, LLA_W_EMBED, 0, 0, p->spec.vocab, &w->in_embed));
@@ -157,7 +162,8 @@ struct LlaisysQwen2Model *llaisysQwen2ModelCreate(const struct LlaisysQwen2Meta 
     spec.eos[0] = meta->end_token;
     const struct lla_limits limits = {.device = device, .max_seq = meta->maxseq};
     struct LlaisysQwen2Model *m = NULL;
-    if (check_device(device, device_ids, ndevice) || lla_spec_check(&spec) || create(&spec, &limits, device_ids ? device_ids[0] : 0, 0, &m))
+    if (check_device(device, device_ids, ndevice) || lla_spec_check(&spec) ||
+        create(&spec, &limits, device_ids ? device_ids[0] : 0, 0, &m))
         return NULL;
     if (make_handles(m)) {
         llaisysQwen2ModelDestroy(m);
@@ -170,8 +176,8 @@ struct LlaisysQwen2Model *llaisysQwen2ModelCreate(const struct LlaisysQwen2Meta 
 static lla_status resolve(const char *path, const struct LlaisysQwen2Options *options, struct lla_spec *spec,
                           struct lla_limits *limits, struct lla_checkpoint **checkpoint) {
     LLA_REQUIRE(path, LLA_EINVAL, "the model's path is NULL");
-    LLA_REQUIRE(!options->dtype || lla_dtype_is_compute(options->dtype), LLA_EINVAL, "dtype %s, expected bf16, f16 or f32",
-                lla_dtype_name(options->dtype));
+    LLA_REQUIRE(!options->dtype || lla_dtype_is_compute(options->dtype), LLA_EINVAL,
+                "dtype %s, expected bf16, f16 or f32", lla_dtype_name(options->dtype));
     LLA_TRY(lla_spec_load(path, spec));
     lla_status status = LLA_OK;
     if (options->dtype) spec->dtype = options->dtype;
@@ -187,7 +193,8 @@ static lla_status resolve(const char *path, const struct LlaisysQwen2Options *op
         else
             lla_checkpoint_close(opened);
     }
-    *limits = (struct lla_limits){.device = options->device, .max_seq = options->maxseq, .prefill_chunk = options->prefill_chunk};
+    *limits = (struct lla_limits){
+        .device = options->device, .max_seq = options->maxseq, .prefill_chunk = options->prefill_chunk};
     if ((status = lla_spec_check(spec))) {
         if (checkpoint) lla_checkpoint_close(*checkpoint), *checkpoint = NULL;
         return lla_fail_in(status, "%s", path);
@@ -231,10 +238,11 @@ static lla_status check_step(const struct LlaisysQwen2Model *m, const int64_t *t
         LLA_REQUIRE(tokens[i] >= 0 && (uint64_t)tokens[i] < plan->spec.vocab, LLA_EINVAL,
                     "token %zu is %lld, expected an id from 0 to %zu", i, (long long)tokens[i], plan->spec.vocab - 1);
     if (!s) return LLA_OK;
-    LLA_REQUIRE(s->temperature >= 0 && isfinite(s->temperature), LLA_EINVAL, "temperature is %g, expected a finite number from 0",
-                (double)s->temperature);
+    LLA_REQUIRE(s->temperature >= 0 && isfinite(s->temperature), LLA_EINVAL,
+                "temperature is %g, expected a finite number from 0", (double)s->temperature);
     LLA_REQUIRE(s->top_k >= 0, LLA_EINVAL, "top_k is %d, expected 0 or more", s->top_k);
-    LLA_REQUIRE(s->top_p > 0 && s->top_p <= 1, LLA_EINVAL, "top_p is %g, expected above 0 and at most 1", (double)s->top_p);
+    LLA_REQUIRE(s->top_p > 0 && s->top_p <= 1, LLA_EINVAL, "top_p is %g, expected above 0 and at most 1",
+                (double)s->top_p);
     return LLA_OK;
 }
 
@@ -279,7 +287,9 @@ void llaisysQwen2ModelReset(struct LlaisysQwen2Model *m) {
     m->has_logits = false;
 }
 
-size_t llaisysQwen2ModelLength(const struct LlaisysQwen2Model *m) { return m ? m->length : 0; }
+size_t llaisysQwen2ModelLength(const struct LlaisysQwen2Model *m) {
+    return m ? m->length : 0;
+}
 
 int llaisysQwen2ModelLogits(struct LlaisysQwen2Model *m, float *logits) {
     lla_clear_error();
@@ -327,11 +337,14 @@ char *llaisysQwen2Plan(const char *path, const struct LlaisysQwen2Options *given
     struct lla_spec spec;
     struct lla_limits limits;
     struct lla_graph graph;
-    if (resolve(path, &options, &spec, &limits, NULL) || lla_graph_make(&spec, &limits, (struct lla_shard){0, 1}, &graph)) return NULL;
+    if (resolve(path, &options, &spec, &limits, NULL) ||
+        lla_graph_make(&spec, &limits, (struct lla_shard){0, 1}, &graph))
+        return NULL;
     char *text = NULL;
     size_t size = 0;
     FILE *out = open_memstream(&text, &size);
-    lla_status status = out ? lla_plan_render(&graph.plan, (enum lla_plan_format)f, out) : lla_fail(LLA_ENOMEM, "no memory for text");
+    lla_status status =
+        out ? lla_plan_render(&graph.plan, (enum lla_plan_format)f, out) : lla_fail(LLA_ENOMEM, "no memory for text");
     if (out && fclose(out) && !status) status = lla_fail(LLA_ENOMEM, "no memory for text");
     lla_graph_free(&graph);
     if (status) {
@@ -341,4 +354,6 @@ char *llaisysQwen2Plan(const char *path, const struct LlaisysQwen2Options *given
     return text;
 }
 
-void llaisysFreeString(char *text) { free(text); }
+void llaisysFreeString(char *text) {
+    free(text);
+}

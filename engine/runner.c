@@ -56,8 +56,8 @@ static lla_status create_cuda(struct lla_runner *r, int device_id) {
 }
 #endif
 
-lla_status lla_runner_create(const struct lla_spec *spec, const struct lla_limits *limits, struct lla_shard shard, int device_id,
-                             int nthread, struct lla_runner *runner) {
+lla_status lla_runner_create(const struct lla_spec *spec, const struct lla_limits *limits, struct lla_shard shard,
+                             int device_id, int nthread, struct lla_runner *runner) {
     memset(runner, 0, sizeof *runner);
     lla_status status;
     LLA_TRY(lla_graph_make(spec, limits, shard, &runner->graph));
@@ -96,7 +96,8 @@ void lla_runner_destroy(struct lla_runner *runner) {
     memset(runner, 0, sizeof *runner);
 }
 
-lla_status lla_runner_store(struct lla_runner *r, const struct lla_weight *w, size_t dst_row, size_t rows, const void *dense) {
+lla_status lla_runner_store(struct lla_runner *r, const struct lla_weight *w, size_t dst_row, size_t rows,
+                            const void *dense) {
 #ifdef LLA_CUDA
     if (r->cuda) return lla_exec_cuda_store(r->cuda, w, dst_row, rows, dense);
 #endif
@@ -116,20 +117,23 @@ lla_status lla_runner_ready(struct lla_runner *r) {
     return LLA_OK;
 }
 
-static lla_status check(const struct lla_runner *r, const struct lla_step_seq *seqs, size_t nseq, size_t *rows, size_t *logits) {
+static lla_status check(const struct lla_runner *r, const struct lla_step_seq *seqs, size_t nseq, size_t *rows,
+                        size_t *logits) {
     const struct lla_dims *d = &r->graph.dims;
     const struct lla_plan *plan = &r->graph.plan;
     *rows = *logits = 0;
     for (size_t i = 0; i < nseq; i++) {
         const struct lla_step_seq *s = &seqs[i];
-        LLA_REQUIRE(s->slot < d->max_seqs, LLA_EINVAL, "sequence slot %zu, expected less than %zu", s->slot, d->max_seqs);
+        LLA_REQUIRE(s->slot < d->max_seqs, LLA_EINVAL, "sequence slot %zu, expected less than %zu", s->slot,
+                    d->max_seqs);
         LLA_REQUIRE(s->ntoken > 0, LLA_EINVAL, "a step needs at least one token of each sequence");
-        LLA_REQUIRE(s->position0 <= plan->limits.max_seq && s->ntoken <= plan->limits.max_seq - s->position0, LLA_ELIMIT,
-                    "%zu tokens behind %zu exceed the sequence limit of %zu tokens", s->ntoken, s->position0,
-                    plan->limits.max_seq);
+        LLA_REQUIRE(s->position0 <= plan->limits.max_seq && s->ntoken <= plan->limits.max_seq - s->position0,
+                    LLA_ELIMIT, "%zu tokens behind %zu exceed the sequence limit of %zu tokens", s->ntoken,
+                    s->position0, plan->limits.max_seq);
         for (size_t j = 0; j < s->ntoken; j++)
             LLA_REQUIRE(s->tokens[j] >= 0 && (uint64_t)s->tokens[j] < plan->spec.vocab, LLA_EINVAL,
-                        "token %zu is %lld, expected an id from 0 to %zu", j, (long long)s->tokens[j], plan->spec.vocab - 1);
+                        "token %zu is %lld, expected an id from 0 to %zu", j, (long long)s->tokens[j],
+                        plan->spec.vocab - 1);
         const size_t blocks = (s->position0 + s->ntoken + d->kv_block - 1) / d->kv_block;
         for (size_t b = 0; b < blocks; b++)
             LLA_REQUIRE(s->blocks[b] > 0 && (size_t)s->blocks[b] < plan->nblock, LLA_EINVAL,
@@ -137,11 +141,13 @@ static lla_status check(const struct lla_runner *r, const struct lla_step_seq *s
         *rows += s->ntoken;
         *logits += s->want_next;
     }
-    LLA_REQUIRE(nseq > 0 && nseq <= d->max_seqs, LLA_ELIMIT, "a step of %zu sequences, the plan allows 1 to %zu", nseq, d->max_seqs);
+    LLA_REQUIRE(nseq > 0 && nseq <= d->max_seqs, LLA_ELIMIT, "a step of %zu sequences, the plan allows 1 to %zu", nseq,
+                d->max_seqs);
     LLA_REQUIRE(*rows <= d->max_rows, LLA_ELIMIT, "a step of %zu rows, the plan allows 1 to %zu", *rows, d->max_rows);
     for (size_t i = 1; i < nseq; i++)
         for (size_t j = 0; j < i; j++)
-            LLA_REQUIRE(seqs[i].slot != seqs[j].slot, LLA_EINVAL, "sequence slot %zu stands twice in a step", seqs[i].slot);
+            LLA_REQUIRE(seqs[i].slot != seqs[j].slot, LLA_EINVAL, "sequence slot %zu stands twice in a step",
+                        seqs[i].slot);
     return LLA_OK;
 }
 
@@ -206,7 +212,8 @@ lla_status lla_runner_step(struct lla_runner *r, const struct lla_step_seq *seqs
 
 lla_status lla_runner_logits(struct lla_runner *r, size_t i, float *logits) {
     const struct lla_dims *d = &r->graph.dims;
-    const size_t row_bytes = d->vocab * lla_dtype_size(d->dtype), offset = r->graph.offset[LLA_B_LOGITS] + i * row_bytes;
+    const size_t row_bytes = d->vocab * lla_dtype_size(d->dtype),
+                 offset = r->graph.offset[LLA_B_LOGITS] + i * row_bytes;
     const void *row = r->arena + offset;
 #ifdef LLA_CUDA
     if (r->cuda) {

@@ -1,4 +1,5 @@
-/* runner.h: an arena with its programs: takes a step's rows, runs the smallest bucket that holds them, returns the tokens.
+/* runner.h: an arena with its programs: takes a step's rows, runs the smallest bucket that holds them, returns the
+ * tokens.
  *
  * All memory is taken by lla_runner_create; a step allocates nothing. One thread at a time. */
 #ifndef LLA_RUNNER_H
@@ -11,9 +12,9 @@ enum { LLA_MAX_BUCKETS = 24 };
 
 struct lla_runner {
     struct lla_graph graph;
-    char *arena;                /* host memory; NULL where the arena lies on a GPU */
-    struct lla_exec_cuda *cuda; /* the GPU's executor; NULL on the CPU */
-    char *inputs;               /* where the host writes the step region: offsets of the arena apply */
+    char *arena;                      /* host memory; NULL where the arena lies on a GPU */
+    struct lla_exec_cuda *cuda;       /* the GPU's executor; NULL on the CPU */
+    char *inputs;                     /* where the host writes the step region: offsets of the arena apply */
     struct lla_candidate *candidates; /* [vocab], for tokens that are drawn on the host */
     void *logits_row;                 /* [vocab], likewise */
     struct lla_crew *crew;
@@ -29,24 +30,25 @@ struct lla_step_seq {
     const int64_t *tokens;
     size_t ntoken; /* positive */
     size_t position0;
-    const int32_t *blocks; /* KV blocks of positions 0 .. position0 + ntoken - 1 */
-    bool want_next;        /* the token behind the last one */
+    const int32_t *blocks;            /* KV blocks of positions 0 .. position0 + ntoken - 1 */
+    bool want_next;                   /* the token behind the last one */
     struct lla_sampling_row sampling; /* position is filled in */
 };
 
 /* nthread 0: one CPU thread a core. */
-lla_status lla_runner_create(const struct lla_spec *spec, const struct lla_limits *limits, struct lla_shard shard, int device_id,
-                             int nthread, struct lla_runner *runner);
+lla_status lla_runner_create(const struct lla_spec *spec, const struct lla_limits *limits, struct lla_shard shard,
+                             int device_id, int nthread, struct lla_runner *runner);
 void lla_runner_destroy(struct lla_runner *runner);
 
 /* Stores rows [dst_row, dst_row + rows) of a weight from dense host memory [rows, w->cols] of the model's dtype. */
-lla_status lla_runner_store(struct lla_runner *runner, const struct lla_weight *w, size_t dst_row, size_t rows, const void *dense);
+lla_status lla_runner_store(struct lla_runner *runner, const struct lla_weight *w, size_t dst_row, size_t rows,
+                            const void *dense);
 
 /* Makes the programs ready to run; after the weights, before the first step. */
 lla_status lla_runner_ready(struct lla_runner *runner);
 
-/* Runs one step. next [nseq]: the chosen token of each sequence that wants one, else -1. Refuses what the plan does not hold, before
- * anything is changed. */
+/* Runs one step. next [nseq]: the chosen token of each sequence that wants one, else -1. Refuses what the plan does not
+ * hold, before anything is changed. */
 lla_status lla_runner_step(struct lla_runner *runner, const struct lla_step_seq *seqs, size_t nseq, int64_t *next);
 
 /* Logits of the i-th sequence that wanted a next token in the last step, as f32 [vocab]. */

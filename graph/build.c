@@ -15,8 +15,8 @@ struct builder {
     size_t nnode;
 };
 
-static struct lla_buffer *declare(struct lla_buffer *buffers, enum lla_buf id, enum lla_region_kind kind, const char *name,
-                                  size_t rows, size_t cols, size_t element, const char *type) {
+static struct lla_buffer *declare(struct lla_buffer *buffers, enum lla_buf id, enum lla_region_kind kind,
+                                  const char *name, size_t rows, size_t cols, size_t element, const char *type) {
     struct lla_buffer *b = &buffers[id];
     *b = (struct lla_buffer){.name = name, .kind = kind, .nbytes = rows * cols * element};
     if (cols == 1)
@@ -45,7 +45,8 @@ static void declare_all(const struct lla_plan *p, const struct lla_dims *d, stru
 
     const char *const kv_name[] = {"k_cache", "v_cache"};
     for (int i = 0; i < 2; i++) {
-        struct lla_buffer *c = declare(b, LLA_B_K_CACHE + i, LLA_R_KV, kv_name[i], layers * p->nblock * d->kv_block, kv, e, type);
+        struct lla_buffer *c =
+            declare(b, LLA_B_K_CACHE + i, LLA_R_KV, kv_name[i], layers * p->nblock * d->kv_block, kv, e, type);
         snprintf(c->shape, sizeof c->shape, "[%zu, %zu, %zu, %zu, %zu] %s", layers, p->nblock, d->nkvhead, d->kv_block,
                  d->head_dim, type);
     }
@@ -60,7 +61,8 @@ static void declare_all(const struct lla_plan *p, const struct lla_dims *d, stru
     declare(b, LLA_B_ACT, LLA_R_ACTIVATION, "act", rows, d->ffn, e, type);
     declare(b, LLA_B_HEAD_NORMED, LLA_R_ACTIVATION, "head_normed", seqs, d->hidden, e, type);
     declare(b, LLA_B_LOGITS, LLA_R_STEP, "logits", seqs, d->vocab, e, type); /* a result: it outlives the step */
-    declare(b, LLA_B_CANDIDATES, LLA_R_ACTIVATION, "candidates", seqs, d->vocab, sizeof(struct lla_candidate), "candidate");
+    declare(b, LLA_B_CANDIDATES, LLA_R_ACTIVATION, "candidates", seqs, d->vocab > 32 ? d->vocab : 32,
+            sizeof(struct lla_candidate), "candidate");
 }
 
 /* ---- nodes ---- */
@@ -88,26 +90,27 @@ static void layer(struct builder *b, size_t l) {
     const size_t k_cache = at[LLA_B_K_CACHE] + l * b->graph->kv_layer_stride;
     const size_t v_cache = at[LLA_B_V_CACHE] + l * b->graph->kv_layer_stride;
 
-    node(b, (struct lla_node){.op = LLA_OP_QKV,
-                              .layer = l,
-                              .name = "qkv",
-                              .reads = BIT(HEADER) | BIT(X) | BIT(POSITIONS) | BIT(ROW_SEQ) | BIT(BLOCK_TABLE) | BIT(ROPE),
-                              .writes = BIT(ATTN_NORMED) | BIT(QKV) | BIT(Q) | BIT(K_CACHE) | BIT(V_CACHE),
-                              .qkv = {.x = at[LLA_B_X],
-                                      .norm = w(b, LLA_W_ATTN_NORM, l),
-                                      .w = w(b, LLA_W_QKV, l),
-                                      .bias = w(b, LLA_W_QKV_BIAS, l),
-                                      .rope = at[LLA_B_ROPE],
-                                      .normed = at[LLA_B_ATTN_NORMED],
-                                      .qkv = at[LLA_B_QKV],
-                                      .q = at[LLA_B_Q],
-                                      .k_cache = k_cache,
-                                      .v_cache = v_cache}});
+    node(b,
+         (struct lla_node){.op = LLA_OP_QKV,
+                           .layer = l,
+                           .name = "qkv",
+                           .reads = BIT(HEADER) | BIT(X) | BIT(POSITIONS) | BIT(ROW_SEQ) | BIT(BLOCK_TABLE) | BIT(ROPE),
+                           .writes = BIT(ATTN_NORMED) | BIT(QKV) | BIT(Q) | BIT(K_CACHE) | BIT(V_CACHE),
+                           .qkv = {.x = at[LLA_B_X],
+                                   .norm = w(b, LLA_W_ATTN_NORM, l),
+                                   .w = w(b, LLA_W_QKV, l),
+                                   .bias = w(b, LLA_W_QKV_BIAS, l),
+                                   .rope = at[LLA_B_ROPE],
+                                   .normed = at[LLA_B_ATTN_NORMED],
+                                   .qkv = at[LLA_B_QKV],
+                                   .q = at[LLA_B_Q],
+                                   .k_cache = k_cache,
+                                   .v_cache = v_cache}});
     node(b, (struct lla_node){.op = LLA_OP_ATTENTION,
                               .layer = l,
                               .name = "attention",
-                              .reads = BIT(HEADER) | BIT(Q) | BIT(K_CACHE) | BIT(V_CACHE) | BIT(POSITIONS) | BIT(ROW_SEQ) |
-                                       BIT(BLOCK_TABLE),
+                              .reads = BIT(HEADER) | BIT(Q) | BIT(K_CACHE) | BIT(V_CACHE) | BIT(POSITIONS) |
+                                       BIT(ROW_SEQ) | BIT(BLOCK_TABLE),
                               .writes = BIT(PARTIAL) | BIT(ARRIVED) | BIT(ATTN_OUT),
                               .attention = {.q = at[LLA_B_Q],
                                             .k_cache = k_cache,
@@ -133,15 +136,14 @@ static void layer(struct builder *b, size_t l) {
                                           .w = w(b, LLA_W_GATE_UP, l),
                                           .normed = at[LLA_B_MLP_NORMED],
                                           .act = at[LLA_B_ACT]}});
-    node(b, (struct lla_node){.op = LLA_OP_LINEAR_ADD,
-                              .layer = l,
-                              .name = "down",
-                              .reads = BIT(HEADER) | BIT(ACT) | BIT(X),
-                              .writes = BIT(X),
-                              .linear_add = {.in = at[LLA_B_ACT],
-                                             .w = w(b, LLA_W_DOWN, l),
-                                             .x = at[LLA_B_X],
-                                             .k = b->graph->dims.ffn}});
+    node(b,
+         (struct lla_node){
+             .op = LLA_OP_LINEAR_ADD,
+             .layer = l,
+             .name = "down",
+             .reads = BIT(HEADER) | BIT(ACT) | BIT(X),
+             .writes = BIT(X),
+             .linear_add = {.in = at[LLA_B_ACT], .w = w(b, LLA_W_DOWN, l), .x = at[LLA_B_X], .k = b->graph->dims.ffn}});
 }
 
 static void head(struct builder *b) {
@@ -172,10 +174,11 @@ static void step(struct builder *b, size_t layers) {
 /* ---- graph ---- */
 
 enum { STEP_NODES = 8 }; /* of a step with one layer */
-static const char *const step_names[STEP_NODES] = {"embed", "qkv", "attention", "o", "gate_up", "down", "head", "sample"};
+static const char *const step_names[STEP_NODES] = {"embed",   "qkv",  "attention", "o",
+                                                   "gate_up", "down", "head",      "sample"};
 
-/* A buffer lives from its first write to its last use. One layer stands for all: what crosses from layer to layer (x) is
- * written before the layers and read behind them, so it lives through all of them. */
+/* A buffer lives from its first write to its last use. One layer stands for all: what crosses from layer to layer (x)
+ * is written before the layers and read behind them, so it lives through all of them. */
 static lla_status set_lifetimes(struct lla_buffer *buffers) {
     struct lla_node nodes[STEP_NODES];
     struct lla_weight no_weights[16] = {0};
@@ -245,19 +248,22 @@ lla_status lla_graph_make(const struct lla_spec *spec, const struct lla_limits *
     return LLA_OK;
 }
 
-void lla_graph_free(struct lla_graph *graph) { lla_plan_free(&graph->plan); }
+void lla_graph_free(struct lla_graph *graph) {
+    lla_plan_free(&graph->plan);
+}
 
 void lla_graph_init_arena(const struct lla_graph *graph, char *arena) {
     const struct lla_dims *d = &graph->dims;
-    lla_rope_table(d->dtype, graph->plan.limits.max_seq, d->head_dim, graph->plan.spec.theta, arena + graph->offset[LLA_B_ROPE]);
+    lla_rope_table(d->dtype, graph->plan.limits.max_seq, d->head_dim, graph->plan.spec.theta,
+                   arena + graph->offset[LLA_B_ROPE]);
     memset(arena + graph->io.block_table, 0, d->max_seqs * d->max_blocks * sizeof(int32_t));
 }
 
 lla_status lla_program_build(const struct lla_graph *graph, size_t rows, size_t logits, struct lla_program *program) {
     *program = (struct lla_program){.graph = graph, .rows = rows, .logits = logits};
     LLA_REQUIRE(rows > 0 && rows <= graph->dims.max_rows && logits > 0 && logits <= graph->dims.max_seqs, LLA_EINVAL,
-                "a program for %zu rows and %zu logit rows, the plan allows %zu and %zu", rows, logits, graph->dims.max_rows,
-                graph->dims.max_seqs);
+                "a program for %zu rows and %zu logit rows, the plan allows %zu and %zu", rows, logits,
+                graph->dims.max_rows, graph->dims.max_seqs);
     struct builder b = {.graph = graph};
     step(&b, graph->plan.spec.nlayer);
     program->nodes = calloc(b.nnode, sizeof *program->nodes);
@@ -275,15 +281,16 @@ void lla_program_free(struct lla_program *program) {
 
 static void print_set(uint32_t set, FILE *out) {
     static const char *const names[LLA_B_COUNT] = {
-        "header",      "tokens", "positions",  "row_seq", "block_table", "logit_rows",  "sampling", "next", "arrived",
-        "rope",        "k_cache", "v_cache",   "x",       "attn_normed", "qkv",         "q",        "partial",
-        "attn_out",    "mlp_normed", "act",    "head_normed", "logits",  "candidates"};
+        "header",  "tokens",   "positions",  "row_seq", "block_table", "logit_rows",  "sampling",  "next",
+        "arrived", "rope",     "k_cache",    "v_cache", "x",           "attn_normed", "qkv",       "q",
+        "partial", "attn_out", "mlp_normed", "act",     "head_normed", "logits",      "candidates"};
     for (int id = 0; id < LLA_B_COUNT; id++)
         if (set >> id & 1) fprintf(out, " %s", names[id]);
 }
 
 void lla_program_print(const struct lla_program *program, FILE *out) {
-    fprintf(out, "program of %zu nodes for %zu rows and %zu logit rows\n", program->nnode, program->rows, program->logits);
+    fprintf(out, "program of %zu nodes for %zu rows and %zu logit rows\n", program->nnode, program->rows,
+            program->logits);
     for (size_t i = 0; i < program->nnode; i++) {
         const struct lla_node *n = &program->nodes[i];
         fprintf(out, "%4zu  layer %2zu  %-10s reads", i, n->layer, n->name);

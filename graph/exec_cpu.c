@@ -11,11 +11,14 @@ struct walk {
 
 static void run_node(const struct lla_ctx *ctx, const struct lla_node *node, struct lla_team team) {
     switch (node->op) {
-#define X(NAME, suffix) \
-    case LLA_OP_##NAME: lla_cpu_##suffix(ctx, &node->suffix, team); break;
+#define X(NAME, suffix)                                                                                                \
+    case LLA_OP_##NAME:                                                                                                \
+        lla_cpu_##suffix(ctx, &node->suffix, team);                                                                    \
+        break;
         LLA_NODE_OPS(X)
 #undef X
-    case LLA_OP_COUNT: break;
+    case LLA_OP_COUNT:
+        break;
     }
 }
 

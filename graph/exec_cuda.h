@@ -1,7 +1,8 @@
 /* exec_cuda.h: the CUDA executor: a device arena, programs captured once as graphs, replayed for every step.
  *
- * All that changes from step to step lies in the step region: the host writes it in a pinned mirror, and every graph begins with one copy of
- * it. No graph is ever updated. Capture happens in lla_exec_cuda_capture(); after that nothing is allocated. */
+ * All that changes from step to step lies in the step region: the host writes it in a pinned mirror, and every graph
+ * begins with one copy of it. No graph is ever updated. Capture happens in lla_exec_cuda_capture(); after that nothing
+ * is allocated. */
 #ifndef LLA_EXEC_CUDA_H
 #define LLA_EXEC_CUDA_H
 
@@ -20,14 +21,16 @@ lla_status lla_exec_cuda_available(int device_id, size_t *nbytes);
 lla_status lla_exec_cuda_create(const struct lla_graph *graph, int device_id, struct lla_exec_cuda **out);
 void lla_exec_cuda_destroy(struct lla_exec_cuda *exec); /* NULL is allowed */
 
-/* Stores rows [dst_row, dst_row + rows) of a weight, given dense [rows, w->cols] in host memory, in the form that the kernels read. */
+/* Stores rows [dst_row, dst_row + rows) of a weight, given dense [rows, w->cols] in host memory, in the form that the
+ * kernels read. */
 lla_status lla_exec_cuda_store(struct lla_exec_cuda *exec, const struct lla_weight *w, size_t dst_row, size_t rows,
                                const void *dense);
 
 /* Captures one graph a program; programs[i] is then run by lla_exec_cuda_run(exec, i). */
 lla_status lla_exec_cuda_capture(struct lla_exec_cuda *exec, const struct lla_program *programs, size_t count);
 
-/* Address to which offsets of the step region can be added: the host's mirror. What lla_exec_cuda_run brings back lies there, too. */
+/* Address to which offsets of the step region can be added: the host's mirror. What lla_exec_cuda_run brings back lies
+ * there, too. */
 char *lla_exec_cuda_inputs(struct lla_exec_cuda *exec);
 
 /* Copies the inputs, replays the program, and waits for the chosen tokens. */
@@ -37,12 +40,16 @@ lla_status lla_exec_cuda_run(struct lla_exec_cuda *exec, size_t program);
 lla_status lla_exec_cuda_read(struct lla_exec_cuda *exec, size_t offset, size_t nbytes, void *out);
 lla_status lla_exec_cuda_write(struct lla_exec_cuda *exec, size_t offset, size_t nbytes, const void *in);
 
-/* Runs nodes [first, last) of a program one by one, without a graph, with the inputs that lie in the arena: for comparing executors. */
-lla_status lla_exec_cuda_nodes(struct lla_exec_cuda *exec, const struct lla_program *program, size_t first, size_t last);
+/* Runs nodes [first, last) of a program one by one, without a graph, with the inputs that lie in the arena: for
+ * comparing executors. */
+lla_status lla_exec_cuda_nodes(struct lla_exec_cuda *exec, const struct lla_program *program, size_t first,
+                               size_t last);
 
-/* Median, and the tenth and ninetieth percentile, of the milliseconds of `count` replays in a row of a program, with the inputs as they are
- * (a decode step repeated in place). Ops in the bit set `skip` are left out: what a stage costs is the difference that its absence makes. */
-lla_status lla_exec_cuda_time(struct lla_exec_cuda *exec, const struct lla_program *program, unsigned skip, size_t count, double ms[3]);
+/* Median, and the tenth and ninetieth percentile, of the milliseconds of `count` replays in a row of a program, with
+ * the inputs as they are (a decode step repeated in place). Ops in the bit set `skip` are left out: what a stage costs
+ * is the difference that its absence makes. */
+lla_status lla_exec_cuda_time(struct lla_exec_cuda *exec, const struct lla_program *program, unsigned skip,
+                              size_t count, double ms[3]);
 
 /* GB/s of the best plain read of the arena's weights: the ceiling of decode. */
 lla_status lla_exec_cuda_read_ceiling(struct lla_exec_cuda *exec, double *gbs);

@@ -1,8 +1,8 @@
 /* program.h: the model's step as a list of fused nodes over arena offsets, and its replay on the CPU.
  *
- * lla_graph_make() declares the step's buffers, lets the planner place them, and fixes every offset; lla_program_build() then
- * writes the list for one bucket. A program is plain data: it can be printed, compared, and run by any executor over any
- * arena of the plan's size. */
+ * lla_graph_make() declares the step's buffers, lets the planner place them, and fixes every offset;
+ * lla_program_build() then writes the list for one bucket. A program is plain data: it can be printed, compared, and
+ * run by any executor over any arena of the plan's size. */
 #ifndef LLA_PROGRAM_H
 #define LLA_PROGRAM_H
 
@@ -43,9 +43,9 @@ enum lla_buf {
 
 struct lla_node {
     enum lla_op op;
-    size_t layer;             /* for people; 0 outside the layers */
-    const char *name;         /* "qkv", "o", "down", ... */
-    uint32_t reads, writes;   /* bit sets of enum lla_buf */
+    size_t layer;           /* for people; 0 outside the layers */
+    const char *name;       /* "qkv", "o", "down", ... */
+    uint32_t reads, writes; /* bit sets of enum lla_buf */
     union {
 #define X(NAME, suffix) struct lla_##suffix##_args suffix;
         LLA_NODE_OPS(X)
@@ -75,7 +75,8 @@ lla_status lla_graph_make(const struct lla_spec *spec, const struct lla_limits *
                           struct lla_graph *graph);
 void lla_graph_free(struct lla_graph *graph);
 
-/* Writes into an arena what the plan fixes: the RoPE table, and a block table that sends every slot to the dummy block. */
+/* Writes into an arena what the plan fixes: the RoPE table, and a block table that sends every slot to the dummy block.
+ */
 void lla_graph_init_arena(const struct lla_graph *graph, char *arena);
 
 lla_status lla_program_build(const struct lla_graph *graph, size_t rows, size_t logits, struct lla_program *program);

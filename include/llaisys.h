@@ -24,11 +24,7 @@
 
 LLAISYS_BEGIN
 
-typedef enum {
-    LLAISYS_DEVICE_CPU = 0,
-    LLAISYS_DEVICE_NVIDIA = 1,
-    LLAISYS_DEVICE_TYPE_COUNT
-} llaisysDeviceType_t;
+typedef enum { LLAISYS_DEVICE_CPU = 0, LLAISYS_DEVICE_NVIDIA = 1, LLAISYS_DEVICE_TYPE_COUNT } llaisysDeviceType_t;
 
 typedef enum {
     LLAISYS_DTYPE_INVALID = 0,
@@ -60,7 +56,8 @@ typedef enum {
     LLAISYS_MEMCPY_D2D = 3
 } llaisysMemcpyKind_t;
 
-/* A device stream; NULL is the default stream, and the only one on the CPU, where every call completes before it returns. */
+/* A device stream; NULL is the default stream, and the only one on the CPU, where every call completes before it
+ * returns. */
 typedef void *llaisysStream_t;
 
 /* The calling thread's last failure as one line of UTF-8 text, or NULL if its last fallible call succeeded.

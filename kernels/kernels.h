@@ -1,11 +1,13 @@
 /* kernels.h: the contracts of the step's nodes: what each computes, on which shapes, with which roundings.
  *
- * A node's operands are byte offsets from the arena's base, so that one program serves any arena. R is the number of rows (tokens)
- * of the step, `nrow` of its header; a row belongs to a sequence slot and has a position; rows of one sequence stand together in
- * order of position. D is the model's dtype: bf16, f16 or f32. round() rounds to D (nothing happens for f32); sums are
- * accumulated in f32. The roundings are those of transformers' Qwen2 modelling code, so that greedy tokens agree.
+ * A node's operands are byte offsets from the arena's base, so that one program serves any arena. R is the number of
+ * rows (tokens) of the step, `nrow` of its header; a row belongs to a sequence slot and has a position; rows of one
+ * sequence stand together in order of position. D is the model's dtype: bf16, f16 or f32. round() rounds to D (nothing
+ * happens for f32); sums are accumulated in f32. The roundings are those of transformers' Qwen2 modelling code, so that
+ * greedy tokens agree.
  *
- * Every reduction has an order that the shapes alone set: a row's result does not depend on the other rows of the step. */
+ * Every reduction has an order that the shapes alone set: a row's result does not depend on the other rows of the step.
+ */
 #ifndef LLA_KERNELS_H
 #define LLA_KERNELS_H
 
@@ -16,7 +18,8 @@
 extern "C" {
 #endif
 
-/* Tokens of one attention split: softmax partial sums cover positions [0, 256), [256, 512), ... and are merged in that order. */
+/* Tokens of one attention split: softmax partial sums cover positions [0, 256), [256, 512), ... and are merged in that
+ * order. */
 enum { LLA_ATTN_SPLIT = 256 };
 /* The same on a GPU, where a split is a block's work. */
 enum { LLA_CUDA_SPLIT = 128 };
@@ -25,12 +28,12 @@ enum { LLA_CUDA_SPLIT = 128 };
 struct lla_dims {
     llaisysDataType_t dtype;
     size_t hidden, nhead, nkvhead, head_dim, ffn;
-    size_t vocab;            /* rows of this rank's lm_head */
-    size_t kv_block;         /* tokens of a KV block */
-    size_t max_blocks;       /* columns of the block table */
-    size_t max_rows;         /* rows of the largest step */
-    size_t max_seqs;         /* rows of the block table, and logit rows at most */
-    size_t max_splits;       /* attention splits of a step in which each sequence has one row, at most */
+    size_t vocab;      /* rows of this rank's lm_head */
+    size_t kv_block;   /* tokens of a KV block */
+    size_t max_blocks; /* columns of the block table */
+    size_t max_rows;   /* rows of the largest step */
+    size_t max_seqs;   /* rows of the block table, and logit rows at most */
+    size_t max_splits; /* attention splits of a step in which each sequence has one row, at most */
     float eps;
 };
 
@@ -43,7 +46,7 @@ struct lla_step_header {
 struct lla_sampling_row {
     float temperature; /* 0: greedy */
     float top_p;
-    int32_t top_k; /* 0: all */
+    int32_t top_k;    /* 0: all */
     int32_t position; /* of the row that predicts; the random number's counter */
     uint64_t seed;
 };
@@ -66,27 +69,30 @@ struct lla_embed_args {
     size_t weight, x;
 };
 
-/* n = round(norm * round(x / sqrt(mean(x^2) + eps)));  y = round(n w^T + bias), w [(nhead + 2 nkvhead) head_dim, hidden].
- * q and k are rotated by position: with halves a, b of a head and the table's rounded cos, sin:
- * a' = round(round(a cos) - round(b sin)), b' = round(round(b cos) + round(a sin)).
- * q [R, nhead, head_dim] out; k, v go to their cache slot: cache [nblock, nkvhead, kv_block, head_dim].
- * rope [max_seq, head_dim]: head_dim/2 cosines, then as many sines. normed and qkv are scratch. */
+/* n = round(norm * round(x / sqrt(mean(x^2) + eps)));  y = round(n w^T + bias), w [(nhead + 2 nkvhead) head_dim,
+ * hidden]. q and k are rotated by position: with halves a, b of a head and the table's rounded cos, sin: a' =
+ * round(round(a cos) - round(b sin)), b' = round(round(b cos) + round(a sin)). q [R, nhead, head_dim] out; k, v go to
+ * their cache slot: cache [nblock, nkvhead, kv_block, head_dim]. rope [max_seq, head_dim]: head_dim/2 cosines, then as
+ * many sines. normed and qkv are scratch. */
 struct lla_qkv_args {
     size_t x, norm, w, bias, rope, normed, qkv, q, k_cache, v_cache;
 };
 
-/* out [R, nhead, head_dim] = round(softmax(q k^T / sqrt(head_dim)) v) over positions 0 .. the row's own, through the block table. Scores,
- * exponentials and sums in f32, by splits of LLA_ATTN_SPLIT tokens. partial: f32 [max_splits, nhead, head_dim + 2]. */
+/* out [R, nhead, head_dim] = round(softmax(q k^T / sqrt(head_dim)) v) over positions 0 .. the row's own, through the
+ * block table. Scores, exponentials and sums in f32, by splits of LLA_ATTN_SPLIT tokens. partial: f32 [max_splits,
+ * nhead, head_dim + 2]. */
 struct lla_attention_args {
     size_t q, k_cache, v_cache, partial, out;
 };
 
-/* x [R, hidden] = round(x + round(in w^T)), in [R, k], w [hidden, k]: the O and down projections with their residual. */
+/* x [R, hidden] = round(x + round(in w^T)), in [R, k], w [hidden, k]: the O and down projections with their residual.
+ */
 struct lla_linear_add_args {
     size_t in, w, x, k;
 };
 
-/* n as in qkv;  g = round(n wg^T), u = round(n wu^T), w = [wg; wu] [2 ffn, hidden];  act [R, ffn] = round(round(g / (1 + e^-g)) u). */
+/* n as in qkv;  g = round(n wg^T), u = round(n wu^T), w = [wg; wu] [2 ffn, hidden];  act [R, ffn] = round(round(g / (1
+ * + e^-g)) u). */
 struct lla_gate_up_args {
     size_t x, norm, w, normed, act;
 };
@@ -106,14 +112,15 @@ struct lla_sample_args {
     size_t logits, candidates;
 };
 
-/* Every op: NAME, function suffix and argument member. The CPU functions are lla_cpu_<suffix>, the CUDA ones lla_cuda_<suffix>. */
-#define LLA_NODE_OPS(X)      \
-    X(EMBED, embed)          \
-    X(QKV, qkv)              \
-    X(ATTENTION, attention)  \
-    X(LINEAR_ADD, linear_add) \
-    X(GATE_UP, gate_up)      \
-    X(HEAD, head)            \
+/* Every op: NAME, function suffix and argument member. The CPU functions are lla_cpu_<suffix>, the CUDA ones
+ * lla_cuda_<suffix>. */
+#define LLA_NODE_OPS(X)                                                                                                \
+    X(EMBED, embed)                                                                                                    \
+    X(QKV, qkv)                                                                                                        \
+    X(ATTENTION, attention)                                                                                            \
+    X(LINEAR_ADD, linear_add)                                                                                          \
+    X(GATE_UP, gate_up)                                                                                                \
+    X(HEAD, head)                                                                                                      \
     X(SAMPLE, sample)
 
 enum lla_op {
@@ -137,23 +144,26 @@ struct lla_team {
     struct lla_crew *crew; /* for barriers */
 };
 
-#define X(NAME, suffix) \
+#define X(NAME, suffix)                                                                                                \
     void lla_cpu_##suffix(const struct lla_ctx *ctx, const struct lla_##suffix##_args *args, struct lla_team team);
 LLA_NODE_OPS(X)
 #undef X
 
 /* Whether a row takes the largest logit. */
-static inline bool lla_is_greedy(const struct lla_sampling_row *s) { return s->temperature <= 0 || s->top_k == 1; }
+static inline bool lla_is_greedy(const struct lla_sampling_row *s) {
+    return s->temperature <= 0 || s->top_k == 1;
+}
 
 /* The sampled token of one row of logits [n]; candidates: scratch [n]. */
 int32_t lla_cpu_draw(llaisysDataType_t dtype, size_t n, const void *logits, const struct lla_sampling_row *s,
                      struct lla_candidate *candidates);
 
-/* The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable". Chosen at the first call by what the CPU has, or by the
- * environment variable LLAISYS_CPU_ISA, for diagnosis. */
+/* The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable". Chosen at the first call by what the CPU
+ * has, or by the environment variable LLAISYS_CPU_ISA, for diagnosis. */
 const char *lla_cpu_isa_name(void);
 
-/* [max_seq, head_dim] cosines and sines of RoPE in dtype, from double precision: angle = pos / theta^(2j / head_dim). */
+/* [max_seq, head_dim] cosines and sines of RoPE in dtype, from double precision: angle = pos / theta^(2j / head_dim).
+ */
 void lla_rope_table(llaisysDataType_t dtype, size_t max_seq, size_t head_dim, double theta, void *out);
 
 #ifdef __cplusplus

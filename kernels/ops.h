@@ -1,8 +1,9 @@
 /* ops.h: the LLAISYS operators of one device over dense row-major buffers, as a table.
  *
- * dtype is f32, f16 or bf16 for every floating buffer of a call; sums are accumulated in f32 and rounded once, except where
- * a contract says otherwise. The caller has validated shapes and devices; buffers do not overlap unless said. Zero sizes are
- * allowed and do nothing. Functions fail only for reasons of the device (LLA_EDEVICE, LLA_ENOMEM) or for bad data where said. */
+ * dtype is f32, f16 or bf16 for every floating buffer of a call; sums are accumulated in f32 and rounded once, except
+ * where a contract says otherwise. The caller has validated shapes and devices; buffers do not overlap unless said.
+ * Zero sizes are allowed and do nothing. Functions fail only for reasons of the device (LLA_EDEVICE, LLA_ENOMEM) or for
+ * bad data where said. */
 #ifndef LLA_OPS_H
 #define LLA_OPS_H
 
@@ -27,7 +28,8 @@ struct lla_op_table {
      * once, as LLAISYS's test wants them), products and sum in f32. out may be x. */
     lla_status (*rope)(llaisysDataType_t dtype, size_t seq, size_t heads, size_t d, const void *x, const int64_t *pos,
                        double theta, void *out);
-    /* q [seq, nh, d], k [total, nkvh, d], v [total, nkvh, dv], out [seq, nh, dv]; causal, aligned at the end; seq <= total. */
+    /* q [seq, nh, d], k [total, nkvh, d], v [total, nkvh, dv], out [seq, nh, dv]; causal, aligned at the end; seq <=
+     * total. */
     lla_status (*self_attention)(llaisysDataType_t dtype, size_t seq, size_t total, size_t nh, size_t nkvh, size_t d,
                                  size_t dv, const void *q, const void *k, const void *v, float scale, void *out);
     /* out[i] = up[i] * gate[i] / (1 + e^-gate[i]); out may be gate or up. */

@@ -3,9 +3,13 @@
 
 #include <stdlib.h>
 
-static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+static size_t round_up(size_t n, size_t unit) {
+    return (n + unit - 1) / unit * unit;
+}
 
-static size_t align_up(size_t n) { return round_up(n, LLA_ALIGN); }
+static size_t align_up(size_t n) {
+    return round_up(n, LLA_ALIGN);
+}
 
 static size_t min_size(size_t a, size_t b) {
     return a < b ? a : b;
@@ -13,7 +17,8 @@ static size_t min_size(size_t a, size_t b) {
 
 lla_status lla_limits_resolve(const struct lla_spec *spec, struct lla_limits *limits) {
     /* a GPU's step kernels take 64 rows at a time */
-    const size_t default_seq = 4096, default_chunk = limits->device == LLAISYS_DEVICE_CPU ? 512 : 64, default_block = 32;
+    const size_t default_seq = 4096, default_chunk = limits->device == LLAISYS_DEVICE_CPU ? 512 : 64,
+                 default_block = 32;
     if (!limits->max_seq) limits->max_seq = min_size(spec->max_position, default_seq);
     if (!limits->max_seqs) limits->max_seqs = 1;
     if (!limits->kv_block) limits->kv_block = default_block;

@@ -23,7 +23,8 @@ struct lla_spec {
     size_t neos;
 };
 
-/* Refuses a spec that no engine could run: zero or absurd sizes, heads that do not divide, odd head_dim, non-positive eps or theta. */
+/* Refuses a spec that no engine could run: zero or absurd sizes, heads that do not divide, odd head_dim, non-positive
+ * eps or theta. */
 lla_status lla_spec_check(const struct lla_spec *spec);
 
 /* Parses the text of a config.json; `label` names the file in errors. The text needs no terminator. */

@@ -1,6 +1,6 @@
 """Talks to a model for a moment: loads it, asks a few questions, streams the answers.
 
-    .venv/bin/python scripts/demo.py [--model DIR] [QUESTION ...]
+.venv/bin/python scripts/demo.py [--model DIR] [QUESTION ...]
 """
 
 import argparse
@@ -11,8 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bindings"))
 
-import llaisys  # noqa: E402
-from llaisys.tokenizer import TextStream, Tokenizer  # noqa: E402
+import llaisys
+from llaisys.tokenizer import TextStream, Tokenizer
 
 QUESTIONS = ["Who are you?", "How does this engine work?", "What is 7 + 5?", "你是谁？"]
 

@@ -47,8 +47,13 @@ except llaisys.LlaisysError as error:
 def run(*command: str) -> subprocess.CompletedProcess:
     env = os.environ | {"PYTHONPATH": str(ROOT / "bindings")}
     return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, env=env, timeout=SECONDS,
-        check=False, stdin=subprocess.DEVNULL,
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=SECONDS,
+        check=False,
+        stdin=subprocess.DEVNULL,
     )
 
 
@@ -57,8 +62,19 @@ def open_folder(folder: Path, **options: Any) -> subprocess.CompletedProcess:
 
 
 def command_line(folder: Path, *options: str) -> subprocess.CompletedProcess:
-    return run("-m", "llaisys", "generate", str(folder), "--device", "cpu", "--prompt", "abc",
-               "--max-new-tokens", "2", *options)
+    return run(
+        "-m",
+        "llaisys",
+        "generate",
+        str(folder),
+        "--device",
+        "cpu",
+        "--prompt",
+        "abc",
+        "--max-new-tokens",
+        "2",
+        *options,
+    )
 
 
 def assert_error_line(text: str, *parts: str) -> None:
@@ -92,8 +108,18 @@ def assert_command_refused(folder: Path, *parts: str) -> None:
 def plain(tmp_path_factory) -> Path:
     """A sound folder, with a tokenizer whose 256 tokens are the bytes."""
     folder = tmp_path_factory.mktemp("plain")
-    make_checkpoint(folder, hidden=HIDDEN, heads=4, kv_heads=2, layers=1, ffn=24, vocab=VOCAB,
-                    tied=False, dtype="f32", max_positions=64)
+    make_checkpoint(
+        folder,
+        hidden=HIDDEN,
+        heads=4,
+        kv_heads=2,
+        layers=1,
+        ffn=24,
+        vocab=VOCAB,
+        tied=False,
+        dtype="f32",
+        max_positions=64,
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -174,12 +200,20 @@ FILES = (
     File("length-2^63", with_length(2**63)),
     File("length-2^64-1", with_length(2**64 - 1)),
     File("length-2^64-8", with_length(2**64 - 8)),
-    File("git-lfs", lambda image: b"version https://git-lfs.github.com/spec/v1\noid sha256:"
-         + b"0" * 64 + b"\nsize 3554214752\n", ("lfs",)),
+    File(
+        "git-lfs",
+        lambda image: (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:"
+            + b"0" * 64
+            + b"\nsize 3554214752\n"
+        ),
+        ("lfs",),
+    ),
     File("html", lambda image: b"<!DOCTYPE html><html><body>Not Found</body></html>"),
     File("not-utf8", lambda image: image.replace(b'"model.norm', b'"mod\xff\xfe.norm'), ("utf-8",)),
-    File("surrogate", with_header(
-        b'{"a\\ud800":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}')),
+    File(
+        "surrogate", with_header(b'{"a\\ud800":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}')
+    ),
     File("nested", with_header(b'{"a":' * 10_000 + b"1" + b"}" * 10_000)),
     File("nested-arrays", with_header(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}")),
     File("nested-unclosed", with_header(b"[" * 100_000)),
@@ -366,8 +400,9 @@ def test_metadata_is_no_object(folder):
 
 def test_100000_entries(folder):
     """All empty, which the format allows; needed ones are missing."""
-    header = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-              for i in range(100_000)}
+    header = {
+        f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(100_000)
+    }
     write_weights(folder, header, b"")
     assert_refused(folder, str(folder), "model.embed_tokens.weight")
 
@@ -378,8 +413,19 @@ def test_100000_entries(folder):
 def shard(folder: Path) -> dict[str, str]:
     """Splits the folder's weights in two files and returns the index's map, not yet written."""
     (folder / WEIGHTS).unlink()
-    make_checkpoint(folder, hidden=HIDDEN, heads=4, kv_heads=2, layers=1, ffn=24, vocab=VOCAB,
-                    tied=False, dtype="f32", max_positions=64, shard_size="20KB")
+    make_checkpoint(
+        folder,
+        hidden=HIDDEN,
+        heads=4,
+        kv_heads=2,
+        layers=1,
+        ffn=24,
+        vocab=VOCAB,
+        tied=False,
+        dtype="f32",
+        max_positions=64,
+        shard_size="20KB",
+    )
     assert len(list(folder.glob("*.safetensors"))) >= 2
     return read_json(folder / INDEX)["weight_map"]
 
@@ -395,8 +441,20 @@ def test_missing_shard(folder):
     assert_refused(folder, name)
 
 
-@pytest.mark.parametrize("where", ["../outside.safetensors", "/etc/passwd", "a/../../x.safetensors",
-                                   "", ".", "..", "sub/", "model\0.safetensors", "x" * 5000])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "../outside.safetensors",
+        "/etc/passwd",
+        "a/../../x.safetensors",
+        "",
+        ".",
+        "..",
+        "sub/",
+        "model\0.safetensors",
+        "x" * 5000,
+    ],
+)
 def test_shard_outside(folder, where):
     """Even where such a file is there, nothing outside the folder is read."""
     weight_map = shard(folder)
@@ -417,8 +475,19 @@ def test_index_lies(folder):
     assert_refused(folder, NORM)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}',
-                                  '{"weight_map": {"a": 1}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": 1}}',
+        "[" * 100_000,
+    ],
+)
 def test_bad_index(folder, text):
     shard(folder)
     (folder / INDEX).write_text(text)
@@ -461,12 +530,25 @@ CONFIGS = {
     "other-model": ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "model_type"),
     "other-activation": ({"hidden_act": "gelu"}, "hidden_act"),
     "rope-scaling": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope"),
-    "rope-parameters": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
-                                             "original_max_position_embeddings": 16}}, "rope"),
-    "sliding-window": ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
-                       "sliding_window"),
-    "sliding-layers": ({"use_sliding_window": True, "sliding_window": 8,
-                        "layer_types": ["sliding_attention"]}, "sliding"),
+    "rope-parameters": (
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+        "rope",
+    ),
+    "sliding-window": (
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+        "sliding_window",
+    ),
+    "sliding-layers": (
+        {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"]},
+        "sliding",
+    ),
     "linear-layers": ({"layer_types": ["linear_attention"]}, "layer_types"),
     "quantized": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quantization"),
 }
@@ -479,8 +561,10 @@ def test_bad_config(folder, name):
     assert_refused(folder, CONFIG if CONFIGS[name][1] and "." not in part else "", part)
 
 
-@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_attention_heads",
-                                 "intermediate_size", "vocab_size"])
+@pytest.mark.parametrize(
+    "key",
+    ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"],
+)
 def test_config_lacks_field(folder, key):
     config = read_json(folder / CONFIG)
     del config[key]
@@ -488,9 +572,20 @@ def test_config_lacks_field(folder, key):
     assert_refused(folder, CONFIG, key)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe{}", b"\0\0\0",
-                                     b'{"a":' * 10_000, b"[" * 1_000_000,
-                                     b'{"hidden_size": 1e999}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe{}",
+        b"\0\0\0",
+        b'{"a":' * 10_000,
+        b"[" * 1_000_000,
+        b'{"hidden_size": 1e999}',
+    ],
+)
 @pytest.mark.parametrize("name", [CONFIG, "generation_config.json"])
 def test_bad_json(folder, name, content):
     if name != CONFIG and content.startswith(b'{"hidden_size'):
@@ -520,8 +615,9 @@ def test_folder_in_place_of_file(folder, name):
     assert_refused(folder, name)
 
 
-@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, "generation_config.json", "tokenizer.json",
-                                  "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "name", [CONFIG, WEIGHTS, "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+)
 def test_pipe_in_place_of_file(folder, name):
     """Reading it would wait for ever."""
     (folder / name).unlink()
@@ -557,8 +653,12 @@ def permute(header: dict, data: bytes) -> tuple[Any, bytes]:
 def add_tensors(header: dict, data: bytes) -> tuple[Any, bytes]:
     """A scalar, an empty tensor and tensors of other types, which the model does not use."""
     for name, dtype, shape, size in (
-        ("scalar", "F32", [], 4), ("empty", "F32", [0], 0), ("empty-2", "BF16", [3, 0, 5], 0),
-        ("i64", "I64", [2], 16), ("bool", "BOOL", [3], 3), ("f8", "F8_E4M3", [5], 5),
+        ("scalar", "F32", [], 4),
+        ("empty", "F32", [0], 0),
+        ("empty-2", "BF16", [3, 0, 5], 0),
+        ("i64", "I64", [2], 16),
+        ("bool", "BOOL", [3], 3),
+        ("f8", "F8_E4M3", [5], 5),
         ("model.layers.0.self_attn.rotary_emb.inv_freq", "F32", [2], 8),
     ):
         begin, data = len(data), data + b"\0" * size
@@ -573,10 +673,14 @@ SOUND_WEIGHTS = {
     "trailing-space": lambda header, data: (json.dumps(header) + " " * 1000, data),
     "unaligned": lambda header, data: (json.dumps(header).ljust(8 * 500 + 3), data),
     "escapes": lambda header, data: (
-        json.dumps(header).replace("model.norm", "\\u006dodel.n\\u006Frm"), data),
+        json.dumps(header).replace("model.norm", "\\u006dodel.n\\u006Frm"),
+        data,
+    ),
     "metadata": lambda header, data: (header | {"__metadata__": {"a": "\u4f60", "b": ""}}, data),
     "no-metadata": lambda header, data: (
-        {name: value for name, value in header.items() if name != "__metadata__"}, data),
+        {name: value for name, value in header.items() if name != "__metadata__"},
+        data,
+    ),
     "more-fields": entry(NORM, note="hello"),
 }
 
@@ -590,13 +694,23 @@ def test_unusual_weights(folder, answer, name):
 
 
 SOUND_CONFIGS = {
-    "rope-parameters": {"rope_theta": None,
-                        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "rope-parameters": {
+        "rope_theta": None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
     "dtype": {"torch_dtype": None, "dtype": "float32"},
     "no-dtype": {"torch_dtype": None},
     "head-dim": {"head_dim": 4},
-    "defaults": dict.fromkeys(("rms_norm_eps", "rope_theta", "tie_word_embeddings", "hidden_act",
-                               "max_position_embeddings", "use_sliding_window")),
+    "defaults": dict.fromkeys(
+        (
+            "rms_norm_eps",
+            "rope_theta",
+            "tie_word_embeddings",
+            "hidden_act",
+            "max_position_embeddings",
+            "use_sliding_window",
+        )
+    ),
     "rope-scaling-default": {"rope_scaling": {"rope_type": "default"}},
     "rope-scaling-null": {"rope_scaling": None},
     "sliding-window-off": {"use_sliding_window": False, "sliding_window": 4096},

@@ -34,17 +34,34 @@ CHAT = [
     {"role": "user", "content": "Who are you?"},
 ]
 TEXTS = (
-    "", " ", "Hello, world!", "  two  spaces\n\n\nlines\r\n\ttabs ", "1234567890.5e-7", "a" * 3000,
-    "你好，世界", "日本語のテキスト", "e\u0301 \u212b \ufb01", "\x00\x7f\x80\xa0\ufffd\ufeff",
+    "",
+    " ",
+    "Hello, world!",
+    "  two  spaces\n\n\nlines\r\n\ttabs ",
+    "1234567890.5e-7",
+    "a" * 3000,
+    "你好，世界",
+    "日本語のテキスト",
+    "e\u0301 \u212b \ufb01",
+    "\x00\x7f\x80\xa0\ufffd\ufeff",
     "\U0001f389\U0001f469\u200d\U0001f467\u200d\U0001f466\U0001f3f3\ufe0f\u200d\U0001f308",
-    "<|im_start|>user\nhi<|im_end|>\n", "<think>x</think>", "<|im_start", "don't we'll I'D",
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "<think>x</think>",
+    "<|im_start",
+    "don't we'll I'D",
 )
 
 
 def run(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "llaisys", *map(str, arguments)], text=True, encoding="utf-8",
-        input=stdin or "", capture_output=True, env=environment(), timeout=120, check=False,
+        [sys.executable, "-m", "llaisys", *map(str, arguments)],
+        text=True,
+        encoding="utf-8",
+        input=stdin or "",
+        capture_output=True,
+        env=environment(),
+        timeout=120,
+        check=False,
     )
 
 
@@ -79,8 +96,17 @@ def mini() -> Path:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A tiny model with random weights, whose tokens are the bytes, and a few added ones."""
-    make_checkpoint(tmp_path, hidden=16, heads=4, kv_heads=2, layers=1, ffn=24, vocab=260,
-                    dtype="f32", max_positions=64)
+    make_checkpoint(
+        tmp_path,
+        hidden=16,
+        heads=4,
+        kv_heads=2,
+        layers=1,
+        ffn=24,
+        vocab=260,
+        dtype="f32",
+        max_positions=64,
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Backend(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -94,9 +120,13 @@ def folder(tmp_path) -> Path:
 
 
 def set_template(folder: Path, template: object) -> None:
-    config = {"chat_template": template, "eos_token": "<|end|>", "bos_token": None,
-              "pad_token": {"content": "<|end|>", "__type": "AddedToken"},
-              "tokenizer_class": "PreTrainedTokenizerFast"}
+    config = {
+        "chat_template": template,
+        "eos_token": "<|end|>",
+        "bos_token": None,
+        "pad_token": {"content": "<|end|>", "__type": "AddedToken"},
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
@@ -108,11 +138,12 @@ def test_generate_prints_the_answer(mini):
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Who are you?"}])
     ids = tokenizer.encode(prompt, add_special_tokens=False)
     with llaisys.models.Qwen2(mini) as model:
-        expected = model.generate(ids, 40)[len(ids):]
+        expected = model.generate(ids, 40)[len(ids) :]
     text = tokenizer.decode(expected, skip_special_tokens=True)
     assert text
-    done = run("generate", mini, "--device", "cpu", "--prompt", "Who are you?",
-               "--max-new-tokens", "40")
+    done = run(
+        "generate", mini, "--device", "cpu", "--prompt", "Who are you?", "--max-new-tokens", "40"
+    )
     assert done.returncode == 0
     assert done.stdout == text + "\n"
     match = STATS.fullmatch(done.stderr)
@@ -176,9 +207,25 @@ def test_streams_bytes_as_whole_characters(folder):
 
 def test_interrupt_is_quiet(mini):
     process = subprocess.Popen(
-        [sys.executable, "-m", "llaisys", "generate", str(mini), "--device", "cpu", "--raw",
-         "--prompt", "The", "--temperature", "8", "--seed", "1"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(),
+        [
+            sys.executable,
+            "-m",
+            "llaisys",
+            "generate",
+            str(mini),
+            "--device",
+            "cpu",
+            "--raw",
+            "--prompt",
+            "The",
+            "--temperature",
+            "8",
+            "--seed",
+            "1",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
     )
     assert process.stdout.read(1)
     process.send_signal(signal.SIGINT)
@@ -191,7 +238,9 @@ def test_broken_pipe_is_quiet(mini):
     for command in ("generate", "plan"):
         process = subprocess.Popen(
             [sys.executable, "-m", "llaisys", command, str(mini), "--device", "cpu"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             env=environment(),
         )
         process.stdout.close()
@@ -242,8 +291,11 @@ def test_bench(tmp_path):
     program.chmod(0o755)
     env = environment() | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(
-        [sys.executable, "-m", "llaisys", "bench", "--help", "-x", "a b"], env=env, text=True,
-        capture_output=True, check=False,
+        [sys.executable, "-m", "llaisys", "bench", "--help", "-x", "a b"],
+        env=env,
+        text=True,
+        capture_output=True,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (7, "--help -x a b\n")
 
@@ -251,19 +303,38 @@ def test_bench(tmp_path):
 # ---- errors ----
 
 
-@pytest.mark.parametrize("arguments", [
-    [], ["sing"], ["generate", "--nonsense"], ["generate", "a", "b"], ["plan", "--json", "--svg"],
-    ["generate", "--prompt", "a", "--messages", "b"], ["generate", "--max-new-tokens", "many"],
-    ["generate", "--device", "abacus"], ["plan", "--dtype", "f64"], ["plan", "--device-ids", "a"],
-])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["sing"],
+        ["generate", "--nonsense"],
+        ["generate", "a", "b"],
+        ["plan", "--json", "--svg"],
+        ["generate", "--prompt", "a", "--messages", "b"],
+        ["generate", "--max-new-tokens", "many"],
+        ["generate", "--device", "abacus"],
+        ["plan", "--dtype", "f64"],
+        ["plan", "--device-ids", "a"],
+    ],
+)
 def test_usage_errors(arguments):
     assert_error(run(*arguments), 2)
 
 
-@pytest.mark.parametrize(("option", "value"), [
-    ("--max-new-tokens", "0"), ("--temperature", "-1"), ("--temperature", "nan"), ("--top-p", "0"),
-    ("--top-k", "-1"), ("--seed", "-1"), ("--max-seq", "0"), ("--threads", "-1"),
-])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--max-new-tokens", "0"),
+        ("--temperature", "-1"),
+        ("--temperature", "nan"),
+        ("--top-p", "0"),
+        ("--top-k", "-1"),
+        ("--seed", "-1"),
+        ("--max-seq", "0"),
+        ("--threads", "-1"),
+    ],
+)
 def test_values_out_of_range(folder, option, value):
     name = option.strip("-").replace("-", "_")
     assert_error(run("generate", folder, "--prompt", "a", option, value), 1, name)
@@ -292,14 +363,28 @@ def check_tokenizer(path: Path, theirs: PreTrainedTokenizerFast) -> None:
     ours = Tokenizer(path)
     assert ours.vocab_size == len(theirs)
     rng = random.Random(0)
-    drawn = ["".join(chr(rng.choice((rng.randrange(32, 127), rng.randrange(0x4E00, 0x9FFF),
-                                     rng.randrange(0x1F300, 0x1F700), rng.randrange(0x2500))))
-                     for _ in range(rng.randrange(60))) for _ in range(200)]
+    drawn = [
+        "".join(
+            chr(
+                rng.choice(
+                    (
+                        rng.randrange(32, 127),
+                        rng.randrange(0x4E00, 0x9FFF),
+                        rng.randrange(0x1F300, 0x1F700),
+                        rng.randrange(0x2500),
+                    )
+                )
+            )
+            for _ in range(rng.randrange(60))
+        )
+        for _ in range(200)
+    ]
     for text in (*TEXTS, *drawn):
         ids = ours.encode(text)
         assert ids == theirs.encode(text)
         assert ours.encode(text, add_special_tokens=False) == theirs.encode(
-            text, add_special_tokens=False)
+            text, add_special_tokens=False
+        )
         for skip in (False, True):
             decoded = theirs.decode(ids, skip_special_tokens=skip)
             assert ours.decode(ids, skip_special_tokens=skip) == decoded
@@ -345,12 +430,20 @@ def test_special_tokens(folder):
         tokenizer.encode("a\ud800")
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"{", b"{}", b"[" * 100_000, b"\xff\xfe", b"null",
-    b"version https://git-lfs.github.com/spec/v1\n",
-    b'{"version":"1.0","added_tokens":[],"model":{"type":"BPE","vocab":{"a":-1},"merges":[]}}',
-    b'{"version":"1.0","added_tokens":[],"model":{"type":"BPE","vocab":{},"merges":[["a","b"]]}}',
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"{}",
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b"null",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        b'{"version":"1.0","added_tokens":[],"model":{"type":"BPE","vocab":{"a":-1},"merges":[]}}',
+        b'{"version":"1.0","added_tokens":[],"model":{"type":"BPE","vocab":{},"merges":[["a","b"]]}}',
+    ],
+)
 def test_bad_tokenizer(folder, content):
     (folder / "tokenizer.json").write_bytes(content)
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: .+") as error:
@@ -376,35 +469,40 @@ def test_tokenizer_beyond_the_vocabulary(folder):
 
 def test_template_equals_transformers(mini):
     ours, theirs = Tokenizer(mini), AutoTokenizer.from_pretrained(mini)
-    for options in ({}, {"enable_thinking": True}, {"enable_thinking": False},
-                    {"add_generation_prompt": False}):
+    for options in (
+        {},
+        {"enable_thinking": True},
+        {"enable_thinking": False},
+        {"add_generation_prompt": False},
+    ):
         expected = theirs.apply_chat_template(
-            CHAT, tokenize=False, **{"add_generation_prompt": True, **options})
+            CHAT, tokenize=False, **{"add_generation_prompt": True, **options}
+        )
         assert ours.apply_chat_template(CHAT, **options) == expected
         assert "You are kind." in expected
 
 
 TEMPLATES = {
     "loop": "{% for m in messages %}\n  {{ loop.index ~ m.role ~ loop.last ~ loop.length }}\n"
-            "{{ loop.revindex }}{% if loop.first %}{% continue %}{% endif %}"
-            "{{ loop.previtem.role }}{% else %}none{% endfor %}",
+    "{{ loop.revindex }}{% if loop.first %}{% continue %}{% endif %}"
+    "{{ loop.previtem.role }}{% else %}none{% endfor %}",
     "variables": "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ tools is none }}|{{ nothing }}"
-                 "|{{ none }}|{{ strftime_now('%Y') | length }}",
+    "|{{ none }}|{{ strftime_now('%Y') | length }}",
     "tojson": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2) }}{{ '<&>' }}",
     "generation": "{% generation %}{% set q = 1 %}{{ 'a' * 3 + 'b' }}{% endgeneration %}"
-                  "{{ q is defined }}",
+    "{{ q is defined }}",
     "namespace": "{% set ns = namespace(a=1) %}{% for i in range(9) if i % 2 %}"
-                 "{% set ns.a = ns.a + i %}{% if i == 7 %}{% break %}{% endif %}{% endfor %}"
-                 "{{ ns.a ** 3 }}",
+    "{% set ns.a = ns.a + i %}{% if i == 7 %}{% break %}{% endif %}{% endfor %}"
+    "{{ ns.a ** 3 }}",
     "macro": "{% macro f(x, y=2) %}[{{ x }}{{ y }}]{% endmacro %}{{ f(10**9) }}{{ f('a', y=1.5) }}",
     "filters": "{{ '%5d' % 3 }}{{ 'x' | center(9) }}{{ 'a\nb' | indent(4) }}"
-               "{{ 'a b'.split() | join('~') }}{{ messages | map(attribute='role') | join(',') }}",
+    "{{ 'a b'.split() | join('~') }}{{ messages | map(attribute='role') | join(',') }}",
     "recursive": "{%- for m in messages recursive %}{{ m.role if m is mapping else m }}"
-                 "{% if m is mapping %}{{ loop(['a', 'b']) }}{% endif %}{% endfor %}",
+    "{% if m is mapping %}{{ loop(['a', 'b']) }}{% endif %}{% endfor %}",
     "items": "{% for k, v in messages[1].items() %}{{ k ~ '=' ~ v ~ none ~ nothing }}{% endfor %}"
-             "{{ messages[2].name is defined }}{{ dict(a=1).a }}",
+    "{{ messages[2].name is defined }}{{ dict(a=1).a }}",
     "block": "{% set x %}{% for m in messages[::-1] %}{{ m.content | trim }}{% endfor %}"
-             "{% endset %}{{ x }}",
+    "{% endset %}{{ x }}",
     "named": [{"name": "default", "template": "D{{ eos_token }}"}, {"name": "r", "template": "R"}],
 }
 
@@ -437,11 +535,11 @@ HOSTILE = {
     "multiply": "{{ 'a' * 10**10 }}",
     "multiply-list": "{{ [messages] * 10**10 }}",
     "double": "{% set n = namespace(s='a' * 1000) %}{% for i in range(60) %}"
-              "{% set n.s = n.s ~ n.s %}{% endfor %}",
+    "{% set n.s = n.s ~ n.s %}{% endfor %}",
     "double-plus": "{% set n = namespace(s='a' * 1000) %}{% for i in range(60) %}"
-                   "{% set n.s = n.s + n.s %}{% endfor %}",
+    "{% set n.s = n.s + n.s %}{% endfor %}",
     "double-block": "{% set n = namespace(s='a' * 1000) %}{% for i in range(60) %}"
-                    "{% set x %}{{ n.s }}{{ n.s }}{% endset %}{% set n.s = x %}{% endfor %}",
+    "{% set x %}{{ n.s }}{{ n.s }}{% endset %}{% set n.s = x %}{% endfor %}",
     "output": "{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}",
     "width": "{{ 'x'.ljust(10**10) }}",
     "width-filter": "{{ 'x' | center(10**10) }}",
@@ -449,7 +547,7 @@ HOSTILE = {
     "loop": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "recursion": "{% macro f(x) %}{{ f(x) }}{{ f(x) }}{% endmacro %}{{ f(1) }}",
     "tree": "{% macro f(x) %}{% if x %}{{ f(x - 1) }}{{ f(x - 1) }}{% endif %}{% endmacro %}"
-            "{{ f(100) }}",
+    "{{ f(100) }}",
     "parentheses": "{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}",
     "blocks": "{% if 1 %}" * 3_000 + "{% endif %}" * 3_000,
     "loops": "{% for i in [1] %}" * 100 + "{% endfor %}" * 100,

@@ -30,8 +30,19 @@ TINY_VOCAB, MAX_SEQ = 23, 64
 def folder(tmp_path_factory):
     """A small vocabulary, so that a distribution is soon sampled; no end token, see `ending`."""
     path = tmp_path_factory.mktemp("tiny")
-    make_checkpoint(path, hidden=32, heads=4, kv_heads=2, layers=2, ffn=48, vocab=TINY_VOCAB,
-                    tied=True, dtype="f32", max_positions=2048, seed=5)
+    make_checkpoint(
+        path,
+        hidden=32,
+        heads=4,
+        kv_heads=2,
+        layers=2,
+        ffn=48,
+        vocab=TINY_VOCAB,
+        tied=True,
+        dtype="f32",
+        max_positions=2048,
+        seed=5,
+    )
     set_end_tokens(path, None)
     return path
 
@@ -61,7 +72,7 @@ def test_returns_prompt_and_answer(model):
     assert all(type(token) is int and 0 <= token < TINY_VOCAB for token in ids)
     seen = []
     assert model.generate(PROMPT, 5, on_token=seen.append) == ids
-    assert seen == ids[len(PROMPT):] == list(model.stream(PROMPT, 5))
+    assert seen == ids[len(PROMPT) :] == list(model.stream(PROMPT, 5))
     assert model.generate(np.array(PROMPT), 5) == ids
     assert model.generate(iter(PROMPT), 5) == ids
 
@@ -70,7 +81,7 @@ def test_greedy_is_the_largest_logit(model):
     ids = model.generate(PROMPT, 6)
     model.reset()
     for start in range(len(PROMPT), len(ids)):
-        following = model.step(ids[model.length:start])
+        following = model.step(ids[model.length : start])
         assert following == ids[start] == int(np.argmax(model.logits()))
 
 
@@ -119,8 +130,17 @@ def test_sampling_does_not_depend_on_the_path(model, folder):
 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
-    [(1.0, 0, 1.0), (0.7, 0, 1.0), (2.5, 0, 1.0), (1.0, 5, 1.0), (1.5, 0, 0.8), (1.2, 9, 0.7),
-     (3.0, 2, 1.0), (1.0, TINY_VOCAB, 0.999), (1.0, 10**6, 1.0)],
+    [
+        (1.0, 0, 1.0),
+        (0.7, 0, 1.0),
+        (2.5, 0, 1.0),
+        (1.0, 5, 1.0),
+        (1.5, 0, 0.8),
+        (1.2, 9, 0.7),
+        (3.0, 2, 1.0),
+        (1.0, TINY_VOCAB, 0.999),
+        (1.0, 10**6, 1.0),
+    ],
 )
 def test_distribution(model, temperature, top_k, top_p):
     """Counts of the first token over seeds against the softmax of transformers' filtered logits.
@@ -151,7 +171,7 @@ def test_positions_are_independent(model):
     drawn = []
     for seed in range(60):
         ids = model.generate(PROMPT, MAX_SEQ, 0, 1.0, 1e6, seed=seed)
-        drawn.append(ids[len(PROMPT):])
+        drawn.append(ids[len(PROMPT) :])
     tokens = np.array(drawn)
     assert tokens.shape == (60, MAX_SEQ - len(PROMPT))
     uniform = np.full(TINY_VOCAB, tokens.size / TINY_VOCAB)
@@ -183,7 +203,7 @@ def test_ends(folder, tmp_path):
         (tmp_path / source.name).write_bytes(source.read_bytes())
     with Qwen2(tmp_path) as model:
         assert model.meta.end_token == -1
-        answer = model.generate(PROMPT, 30)[len(PROMPT):]
+        answer = model.generate(PROMPT, 30)[len(PROMPT) :]
     others = [token for token in range(TINY_VOCAB) if token not in answer]
     third = answer[2]
     stop = answer.index(third) + 1
@@ -192,8 +212,8 @@ def test_ends(folder, tmp_path):
         with Qwen2(tmp_path) as model:
             assert model.is_end(third)
             assert not model.is_end(others[-1])
-            assert model.generate(PROMPT, 30)[len(PROMPT):] == answer[:stop]
-            assert model.generate(PROMPT, stop)[len(PROMPT):] == answer[:stop]
+            assert model.generate(PROMPT, 30)[len(PROMPT) :] == answer[:stop]
+            assert model.generate(PROMPT, stop)[len(PROMPT) :] == answer[:stop]
     # config.json and generation_config.json disagree: each of their tokens is an end.
     config = json.loads((tmp_path / "config.json").read_text()) | {"eos_token_id": others[0]}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -227,10 +247,18 @@ def test_bad_arguments(model):
     for limit in (0, -1):
         with pytest.raises(ValueError, match=f"max_new_tokens: .* {limit}"):
             model.generate(PROMPT, limit)
-    for name, value in (("temperature", -0.1), ("temperature", float("inf")),
-                        ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.01),
-                        ("top_p", float("nan")), ("top_k", -1), ("top_k", 2**31), ("seed", -1),
-                        ("seed", 2**64)):
+    for name, value in (
+        ("temperature", -0.1),
+        ("temperature", float("inf")),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("top_p", float("nan")),
+        ("top_k", -1),
+        ("top_k", 2**31),
+        ("seed", -1),
+        ("seed", 2**64),
+    ):
         with pytest.raises(ValueError, match=f"{name}: .*{value}"):
             model.generate(PROMPT, 4, **{name: value})
     with pytest.raises(TypeError):

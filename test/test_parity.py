@@ -33,24 +33,98 @@ DTYPE_ARGUMENT = "dtype" if int(transformers_version.split(".")[0]) >= 5 else "t
 
 # Heads 1 to 14, KV heads 1 to all, head_dim 16 to 128, sizes that are no multiple of 32, 8 or 2.
 SHAPES = {
-    "one-head": {"hidden": 48, "heads": 1, "kv_heads": 1, "layers": 1, "ffn": 100, "vocab": 101,
-                 "tied": True},
-    "one-kv-head": {"hidden": 112, "heads": 7, "kv_heads": 1, "layers": 2, "ffn": 333,
-                    "vocab": 509, "tied": False, "eps": 1e-5},
-    "no-groups": {"hidden": 192, "heads": 3, "kv_heads": 3, "layers": 2, "ffn": 512, "vocab": 640,
-                  "tied": True, "theta": 1e6, "shard_size": "300KB"},
-    "14-heads": {"hidden": 896, "heads": 14, "kv_heads": 2, "layers": 1, "ffn": 1216,
-                 "vocab": 1023, "tied": True, "theta": 1e6},
-    "head-dim-128": {"hidden": 90, "heads": 2, "kv_heads": 1, "head_dim": 128, "layers": 2,
-                     "ffn": 77, "vocab": 333, "tied": False, "eps": 1e-3},
-    "head-dim-96": {"hidden": 130, "heads": 4, "kv_heads": 2, "head_dim": 96, "layers": 3,
-                    "ffn": 258, "vocab": 402, "tied": True, "theta": 5e5},
-    "head-dim-80": {"hidden": 400, "heads": 5, "kv_heads": 5, "layers": 4, "ffn": 176,
-                    "vocab": 257, "tied": False, "theta": 100.0, "shard_size": "1MB"},
-    "head-dim-24": {"hidden": 144, "heads": 6, "kv_heads": 2, "layers": 2, "ffn": 200,
-                    "vocab": 300, "tied": True},
-    "odd": {"hidden": 257, "heads": 12, "kv_heads": 4, "head_dim": 16, "layers": 2, "ffn": 515,
-            "vocab": 769, "tied": False},
+    "one-head": {
+        "hidden": 48,
+        "heads": 1,
+        "kv_heads": 1,
+        "layers": 1,
+        "ffn": 100,
+        "vocab": 101,
+        "tied": True,
+    },
+    "one-kv-head": {
+        "hidden": 112,
+        "heads": 7,
+        "kv_heads": 1,
+        "layers": 2,
+        "ffn": 333,
+        "vocab": 509,
+        "tied": False,
+        "eps": 1e-5,
+    },
+    "no-groups": {
+        "hidden": 192,
+        "heads": 3,
+        "kv_heads": 3,
+        "layers": 2,
+        "ffn": 512,
+        "vocab": 640,
+        "tied": True,
+        "theta": 1e6,
+        "shard_size": "300KB",
+    },
+    "14-heads": {
+        "hidden": 896,
+        "heads": 14,
+        "kv_heads": 2,
+        "layers": 1,
+        "ffn": 1216,
+        "vocab": 1023,
+        "tied": True,
+        "theta": 1e6,
+    },
+    "head-dim-128": {
+        "hidden": 90,
+        "heads": 2,
+        "kv_heads": 1,
+        "head_dim": 128,
+        "layers": 2,
+        "ffn": 77,
+        "vocab": 333,
+        "tied": False,
+        "eps": 1e-3,
+    },
+    "head-dim-96": {
+        "hidden": 130,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 96,
+        "layers": 3,
+        "ffn": 258,
+        "vocab": 402,
+        "tied": True,
+        "theta": 5e5,
+    },
+    "head-dim-80": {
+        "hidden": 400,
+        "heads": 5,
+        "kv_heads": 5,
+        "layers": 4,
+        "ffn": 176,
+        "vocab": 257,
+        "tied": False,
+        "theta": 100.0,
+        "shard_size": "1MB",
+    },
+    "head-dim-24": {
+        "hidden": 144,
+        "heads": 6,
+        "kv_heads": 2,
+        "layers": 2,
+        "ffn": 200,
+        "vocab": 300,
+        "tied": True,
+    },
+    "odd": {
+        "hidden": 257,
+        "heads": 12,
+        "kv_heads": 4,
+        "head_dim": 16,
+        "layers": 2,
+        "ffn": 515,
+        "vocab": 769,
+        "tied": False,
+    },
 }
 # Few for f16, in which transformers is slow on a CPU.
 HALF_SHAPES = {"bf16": tuple(SHAPES), "f16": ("one-head", "head-dim-128", "odd")}
@@ -88,7 +162,7 @@ def reference_greedy(model: Qwen2ForCausalLM, ids: list[int], count: int) -> lis
         out = model.generate(
             inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=count, do_sample=False
         )
-    return out[0, len(ids):].tolist()
+    return out[0, len(ids) :].tolist()
 
 
 def logits_of(model: Qwen2) -> np.ndarray:
@@ -234,7 +308,7 @@ def test_half_greedy_tokens(checkpoint, kind, dtype):
         with Qwen2(path, kind, threads=1) as model:
             found = [model.step(ids), *(model.step([token]) for token in answer[:-1])]
             # On its own, the model says the same up to the first difference.
-            alone = model.generate(ids, len(answer))[len(ids):]
+            alone = model.generate(ids, len(answer))[len(ids) :]
         same = next((i for i, (a, b) in enumerate(zip(found, answer)) if a != b), len(answer))
         assert alone[: same + 1] == found[: same + 1]
         for i, (token, wanted) in enumerate(zip(found, answer)):
@@ -270,8 +344,11 @@ def test_tensors_of_several_dtypes(checkpoint, kind, tmp_path):
     source = checkpoint("one-kv-head", "f32")
     tensors = load_file(source / "model.safetensors")
     dtypes = itertools.cycle(TORCH_DTYPES.values())
-    save_file({name: tensor.to(next(dtypes)) for name, tensor in tensors.items()},
-              tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.to(next(dtypes)) for name, tensor in tensors.items()},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
     (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
     ids = prompt_of(509, 20)
     expected = reference_logits(load_reference(tmp_path, "f32").model, ids, [19])[0]

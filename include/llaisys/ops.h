@@ -17,8 +17,8 @@ LLAISYS_BEGIN
 
 /* c = a + b, all of one shape. */
 LLAISYS_API void llaisysAdd(llaisysTensor_t c, llaisysTensor_t a, llaisysTensor_t b);
-/* vals [n], n > 0; max_idx i64 [1], max_val [1]: the largest element and its index, the first of equals; a NaN counts as
- * larger than any number, as in PyTorch. */
+/* vals [n], n > 0; max_idx i64 [1], max_val [1]: the largest element and its index, the first of equals; a NaN counts
+ * as larger than any number, as in PyTorch. */
 LLAISYS_API void llaisysArgmax(llaisysTensor_t max_idx, llaisysTensor_t max_val, llaisysTensor_t vals);
 /* out [n, d] = rows index i64 [n] of weight [voc, d]; an index outside [0, voc) is an error. */
 LLAISYS_API void llaisysEmbedding(llaisysTensor_t out, llaisysTensor_t index, llaisysTensor_t weight);
@@ -32,8 +32,8 @@ LLAISYS_API void llaisysRmsNorm(llaisysTensor_t out, llaisysTensor_t in, llaisys
  * a' = a cos - b sin, b' = b cos + a sin. Angles are computed in double precision
  * (and rounded to f32 below 1024). */
 LLAISYS_API void llaisysROPE(llaisysTensor_t out, llaisysTensor_t in, llaisysTensor_t pos_ids, float theta);
-/* q [seq, nh, d], k [total, nkvh, d], v [total, nkvh, dv], attn_val [seq, nh, dv]; causal, the last query sees all of k;
- * query head h reads KV head h / (nh / nkvh). softmax(scale q k^T) v, in f32. */
+/* q [seq, nh, d], k [total, nkvh, d], v [total, nkvh, dv], attn_val [seq, nh, dv]; causal, the last query sees all of
+ * k; query head h reads KV head h / (nh / nkvh). softmax(scale q k^T) v, in f32. */
 LLAISYS_API void llaisysSelfAttention(llaisysTensor_t attn_val, llaisysTensor_t q, llaisysTensor_t k, llaisysTensor_t v,
                                       float scale);
 /* out = up * gate / (1 + e^-gate), all of one shape. */

@@ -1,11 +1,11 @@
 /* tensor.h: strided tensors over shared storage.
  *
  * Ownership: tensorCreate, tensorView, tensorPermute and tensorSlice return a new handle that the caller destroys with
- * tensorDestroy (NULL is allowed there). Views share one storage, which is freed with its last handle. Handles that a model
- * gives out (llaisysQwen2ModelWeights) are borrowed: they end with the model and must not be destroyed.
- * Units: shapes and strides count elements; strides are those of row-major order for a new tensor.
- * Errors: functions that return a handle return NULL and set llaisysGetLastError(); void ones set it.
- * Threads: handles of one storage may be used and destroyed on different threads; one handle on one thread at a time.
+ * tensorDestroy (NULL is allowed there). Views share one storage, which is freed with its last handle. Handles that a
+ * model gives out (llaisysQwen2ModelWeights) are borrowed: they end with the model and must not be destroyed. Units:
+ * shapes and strides count elements; strides are those of row-major order for a new tensor. Errors: functions that
+ * return a handle return NULL and set llaisysGetLastError(); void ones set it. Threads: handles of one storage may be
+ * used and destroyed on different threads; one handle on one thread at a time.
  *
  *     size_t shape[2] = {2, 3};
  *     llaisysTensor_t t = tensorCreate(shape, 2, LLAISYS_DTYPE_F32, LLAISYS_DEVICE_CPU, 0);

@@ -1,25 +1,34 @@
 /* attention.c: softmax(scale q k^T) v of one KV head, over KV blocks.
  *
- * Positions are cut into splits of LLA_ATTN_SPLIT tokens from position 0. Within a split: all scores, their maximum, exponentials, sum,
- * and the unnormalised output, each in order of position; splits are merged in order. Rows are taken a few at a time so that
- * keys and values are loaded once for all query heads of a group and several rows; a row's own numbers do not depend on its tile:
- * positions beyond a row's own get weight zero, and adding zero changes nothing. */
+ * Positions are cut into splits of LLA_ATTN_SPLIT tokens from position 0. Within a split: all scores, their maximum,
+ * exponentials, sum, and the unnormalised output, each in order of position; splits are merged in order. Rows are taken
+ * a few at a time so that keys and values are loaded once for all query heads of a group and several rows; a row's own
+ * numbers do not depend on its tile: positions beyond a row's own get weight zero, and adding zero changes nothing. */
 #include "simd.h"
 
-enum { TILE_Q = 24, MAX_VDIM = 1024 }; /* queries (rows times heads) of a tile; one row of a larger group is split by heads */
+enum {
+    TILE_Q = 24,
+    MAX_VDIM = 1024
+}; /* queries (rows times heads) of a tile; one row of a larger group is split by heads */
 
 struct tile {
-    size_t nq;                                  /* queries in the tile */
-    size_t limit[TILE_Q];                       /* positions that query may see */
+    size_t nq;            /* queries in the tile */
+    size_t limit[TILE_Q]; /* positions that query may see */
     const void *q[TILE_Q];
-    float score[TILE_Q][LLA_ATTN_SPLIT + 16];   /* 16 beyond: whole vectors may be stored */
+    float score[TILE_Q][LLA_ATTN_SPLIT + 16]; /* 16 beyond: whole vectors may be stored */
 };
 
 INLINE const void *k_at(const struct lla_attention *a, size_t position, const int dt) {
-    return at(a->k, (size_t)a->table[position >> a->kv_shift] * a->k_block_stride + (position & (((size_t)1 << a->kv_shift) - 1)) * a->k_token_stride, dt);
+    return at(a->k,
+              (size_t)a->table[position >> a->kv_shift] * a->k_block_stride +
+                  (position & (((size_t)1 << a->kv_shift) - 1)) * a->k_token_stride,
+              dt);
 }
 INLINE const void *v_at(const struct lla_attention *a, size_t position, const int dt) {
-    return at(a->v, (size_t)a->table[position >> a->kv_shift] * a->v_block_stride + (position & (((size_t)1 << a->kv_shift) - 1)) * a->v_token_stride, dt);
+    return at(a->v,
+              (size_t)a->table[position >> a->kv_shift] * a->v_block_stride +
+                  (position & (((size_t)1 << a->kv_shift) - 1)) * a->v_token_stride,
+              dt);
 }
 
 /* out[j] = q . k_j for N keys */
@@ -32,7 +41,8 @@ INLINE void dots(const int M, const int dt, const void *const *q, const void *co
         for (; i < dim; i += 32) {
             const __mmask32 mask = dim - i < 32 ? ((__mmask32)1 << (dim - i)) - 1 : ~(__mmask32)0;
             __m512bh kv[4];
-            UNROLL for (int n = 0; n < 4; n++) kv[n] = (__m512bh)_mm512_maskz_loadu_epi16(mask, (const uint16_t *)k[n] + i);
+            UNROLL for (int n = 0; n < 4; n++) kv[n] =
+                (__m512bh)_mm512_maskz_loadu_epi16(mask, (const uint16_t *)k[n] + i);
             UNROLL for (int m = 0; m < M; m++) {
                 __m512bh qv = (__m512bh)_mm512_maskz_loadu_epi16(mask, (const uint16_t *)q[m] + i);
                 UNROLL for (int n = 0; n < 4; n++) sum[m * 4 + n] = _mm512_dpbf16_ps(sum[m * 4 + n], qv, kv[n]);
@@ -64,10 +74,18 @@ INLINE void scores(const int dt, const struct lla_attention *a, struct tile *t, 
         for (size_t i = 0; i < t->nq; i += 4) {
             const size_t m = t->nq - i < 4 ? t->nq - i : 4;
             switch (m) {
-            case 1: dots(1, dt, t->q + i, k, a->dim, s); break;
-            case 2: dots(2, dt, t->q + i, k, a->dim, s); break;
-            case 3: dots(3, dt, t->q + i, k, a->dim, s); break;
-            default: dots(4, dt, t->q + i, k, a->dim, s); break;
+            case 1:
+                dots(1, dt, t->q + i, k, a->dim, s);
+                break;
+            case 2:
+                dots(2, dt, t->q + i, k, a->dim, s);
+                break;
+            case 3:
+                dots(3, dt, t->q + i, k, a->dim, s);
+                break;
+            default:
+                dots(4, dt, t->q + i, k, a->dim, s);
+                break;
             }
             for (size_t l = 0; l < m; l++)
                 for (size_t n = 0; n < 4; n++) t->score[i + l][j + n] = a->scale * s[l][n];
@@ -100,8 +118,8 @@ INLINE void soften(float *score, size_t limit, size_t count, float *max, float *
 }
 
 /* out[m][0 .. N*W) = sum over j of score[m][j] * v_j, from column c; the last vector may be partial. */
-INLINE void mix(const int M, const int N, const int dt, const struct lla_attention *a, float (*score)[LLA_ATTN_SPLIT + 16],
-                size_t start, size_t count, size_t c, float *const *out) {
+INLINE void mix(const int M, const int N, const int dt, const struct lla_attention *a,
+                float (*score)[LLA_ATTN_SPLIT + 16], size_t start, size_t count, size_t c, float *const *out) {
     vf sum[16];
     UNROLL for (int i = 0; i < M * N; i++) sum[i] = vf_zero();
     const size_t tail = a->vdim - c < (size_t)N * W ? a->vdim - c - (N - 1) * W : W;
@@ -112,21 +130,21 @@ INLINE void mix(const int M, const int N, const int dt, const struct lla_attenti
             UNROLL for (int m = 0; m < M; m++) sum[m * N + n] = vf_fma(vf_set(score[m][j]), x, sum[m * N + n]);
         }
     }
-    UNROLL for (int m = 0; m < M; m++)
-        UNROLL for (int n = 0; n < N; n++)
-            vf_store_n(out[m], c + n * W, n == N - 1 ? tail : W, sum[m * N + n], F32);
+    UNROLL for (int m = 0; m < M; m++) UNROLL for (int n = 0; n < N; n++)
+        vf_store_n(out[m], c + n * W, n == N - 1 ? tail : W, sum[m * N + n], F32);
 }
 
-INLINE void mix_rows(const int M, const int dt, const struct lla_attention *a, float (*score)[LLA_ATTN_SPLIT + 16], size_t start,
-                     size_t count, float *const *out) {
+INLINE void mix_rows(const int M, const int dt, const struct lla_attention *a, float (*score)[LLA_ATTN_SPLIT + 16],
+                     size_t start, size_t count, float *const *out) {
     size_t c = 0;
     for (; c + 3 * W < a->vdim; c += 4 * W) mix(M, 4, dt, a, score, start, count, c, out);
     for (; c < a->vdim; c += W) mix(M, 1, dt, a, score, start, count, c, out);
 }
 
-/* The partial of one split for every query of the tile: part[i] = output [vdim], maximum, sum. Queries that see nothing of it
- * get maximum -inf and sum 0. */
-INLINE void split_inline(const int dt, const struct lla_attention *a, struct tile *t, size_t start, float *const *part) {
+/* The partial of one split for every query of the tile: part[i] = output [vdim], maximum, sum. Queries that see nothing
+ * of it get maximum -inf and sum 0. */
+INLINE void split_inline(const int dt, const struct lla_attention *a, struct tile *t, size_t start,
+                         float *const *part) {
     size_t end = 0;
     for (size_t i = 0; i < t->nq; i++) end = t->limit[i] > end ? t->limit[i] : end;
     const size_t count = end - start < LLA_ATTN_SPLIT ? end - start : LLA_ATTN_SPLIT;
@@ -137,18 +155,26 @@ INLINE void split_inline(const int dt, const struct lla_attention *a, struct til
     }
     for (size_t i = 0; i < t->nq; i += 4) {
         switch (t->nq - i) {
-        case 1: mix_rows(1, dt, a, t->score + i, start, count, part + i); break;
-        case 2: mix_rows(2, dt, a, t->score + i, start, count, part + i); break;
-        case 3: mix_rows(3, dt, a, t->score + i, start, count, part + i); break;
-        default: mix_rows(4, dt, a, t->score + i, start, count, part + i); break;
+        case 1:
+            mix_rows(1, dt, a, t->score + i, start, count, part + i);
+            break;
+        case 2:
+            mix_rows(2, dt, a, t->score + i, start, count, part + i);
+            break;
+        case 3:
+            mix_rows(3, dt, a, t->score + i, start, count, part + i);
+            break;
+        default:
+            mix_rows(4, dt, a, t->score + i, start, count, part + i);
+            break;
         }
     }
 }
 
 /* The same as functions, one a dtype. */
-#define SPLIT(dt)                                                                                                \
-    static void split_##dt(const struct lla_attention *a, struct tile *t, size_t start, float *const *part) {    \
-        split_inline(dt, a, t, start, part);                                                                     \
+#define SPLIT(dt)                                                                                                      \
+    static void split_##dt(const struct lla_attention *a, struct tile *t, size_t start, float *const *part) {          \
+        split_inline(dt, a, t, start, part);                                                                           \
     }
 SPLIT(BF16)
 SPLIT(F16)
@@ -170,7 +196,8 @@ INLINE void merge(size_t vdim, float *acc, const float *part) {
     const float a = expf(acc[vdim] - m), b = expf(part[vdim] - m);
     for (size_t c = 0; c < vdim; c += W) {
         const size_t len = vdim - c < W ? vdim - c : W;
-        vf_store_n(acc, c, len, vf_fma(vf_load_n(acc, c, len, F32), vf_set(a), vf_mul(vf_load_n(part, c, len, F32), vf_set(b))),
+        vf_store_n(acc, c, len,
+                   vf_fma(vf_load_n(acc, c, len, F32), vf_set(a), vf_mul(vf_load_n(part, c, len, F32), vf_set(b))),
                    F32);
     }
     acc[vdim] = m;
@@ -216,7 +243,9 @@ INLINE void attention(const int dt, const struct lla_attention *a) {
     }
 }
 
-void LLA_FN(lla_attention)(const struct lla_attention *a) { LLA_BY_DTYPE(a->dtype, attention(dt, a)); }
+void LLA_FN(lla_attention)(const struct lla_attention *a) {
+    LLA_BY_DTYPE(a->dtype, attention(dt, a));
+}
 
 INLINE void attention_split(const int dt, const struct lla_attention *a, size_t index, float *partial) {
     struct tile t;

@@ -23,7 +23,7 @@ struct lla_crew {
     void (*work)(void *arg, size_t rank);
     void *arg;
     bool stop;
-    _Alignas(64) _Atomic unsigned step; /* counts the calls of work; workers wait for the next */
+    _Alignas(64) _Atomic unsigned step;  /* counts the calls of work; workers wait for the next */
     _Alignas(64) _Atomic unsigned phase; /* counts the barriers */
     _Alignas(64) atomic_size_t arrived;
     atomic_int sleepers;
@@ -105,7 +105,9 @@ size_t lla_core_count(void) {
     return count > 0 ? (size_t)count : 1;
 }
 
-size_t lla_crew_size(const struct lla_crew *crew) { return crew->size; }
+size_t lla_crew_size(const struct lla_crew *crew) {
+    return crew->size;
+}
 
 lla_status lla_crew_create(size_t size, struct lla_crew **out) {
     const size_t cores = lla_core_count(), most = 16 + 4 * cores;

@@ -3,34 +3,34 @@
 
 #include <stdlib.h>
 
-#define DECLARE(isa)                                                                                                  \
-    void lla_linear_##isa(const struct lla_linear *, size_t, size_t);                                                 \
-    void lla_rms_norm_##isa(llaisysDataType_t, size_t, const void *, const int32_t *, const void *, float, void *, size_t, \
-                            size_t);                                                                                  \
-    void lla_rotate_##isa(llaisysDataType_t, size_t, const void *, const float *, bool, void *);                      \
-    void lla_add_##isa(llaisysDataType_t, size_t, const void *, const void *, void *);                                \
-    void lla_swiglu_##isa(llaisysDataType_t, size_t, const void *, const void *, bool, void *);                       \
-    size_t lla_argmax_##isa(llaisysDataType_t, size_t, const void *);                                                 \
-    void lla_to_float_##isa(llaisysDataType_t, size_t, const void *, float *);                                        \
-    void lla_attention_##isa(const struct lla_attention *);                                                           \
-    void lla_attention_split_##isa(const struct lla_attention *, size_t, float *);                                    \
-    void lla_attention_merge_##isa(const struct lla_attention *, size_t, const float *, size_t);                      \
-    float lla_read_##isa(const float *, size_t);                                                                      \
-    double lla_peak_##isa(llaisysDataType_t, size_t);                                                                 \
-    static const struct lla_isa isa = {                                                                               \
-        .name = #isa,                                                                                                 \
-        .linear = lla_linear_##isa,                                                                                   \
-        .rms_norm = lla_rms_norm_##isa,                                                                               \
-        .rotate = lla_rotate_##isa,                                                                                   \
-        .add = lla_add_##isa,                                                                                         \
-        .swiglu = lla_swiglu_##isa,                                                                                   \
-        .argmax = lla_argmax_##isa,                                                                                   \
-        .to_float = lla_to_float_##isa,                                                                               \
-        .attention = lla_attention_##isa,                                                                             \
-        .attention_split = lla_attention_split_##isa,                                                                 \
-        .attention_merge = lla_attention_merge_##isa,                                                                 \
-        .read = lla_read_##isa,                                                                                       \
-        .peak = lla_peak_##isa,                                                                                       \
+#define DECLARE(isa)                                                                                                   \
+    void lla_linear_##isa(const struct lla_linear *, size_t, size_t);                                                  \
+    void lla_rms_norm_##isa(llaisysDataType_t, size_t, const void *, const int32_t *, const void *, float, void *,     \
+                            size_t, size_t);                                                                           \
+    void lla_rotate_##isa(llaisysDataType_t, size_t, const void *, const float *, bool, void *);                       \
+    void lla_add_##isa(llaisysDataType_t, size_t, const void *, const void *, void *);                                 \
+    void lla_swiglu_##isa(llaisysDataType_t, size_t, const void *, const void *, bool, void *);                        \
+    size_t lla_argmax_##isa(llaisysDataType_t, size_t, const void *);                                                  \
+    void lla_to_float_##isa(llaisysDataType_t, size_t, const void *, float *);                                         \
+    void lla_attention_##isa(const struct lla_attention *);                                                            \
+    void lla_attention_split_##isa(const struct lla_attention *, size_t, float *);                                     \
+    void lla_attention_merge_##isa(const struct lla_attention *, size_t, const float *, size_t);                       \
+    float lla_read_##isa(const float *, size_t);                                                                       \
+    double lla_peak_##isa(llaisysDataType_t, size_t);                                                                  \
+    static const struct lla_isa isa = {                                                                                \
+        .name = #isa,                                                                                                  \
+        .linear = lla_linear_##isa,                                                                                    \
+        .rms_norm = lla_rms_norm_##isa,                                                                                \
+        .rotate = lla_rotate_##isa,                                                                                    \
+        .add = lla_add_##isa,                                                                                          \
+        .swiglu = lla_swiglu_##isa,                                                                                    \
+        .argmax = lla_argmax_##isa,                                                                                    \
+        .to_float = lla_to_float_##isa,                                                                                \
+        .attention = lla_attention_##isa,                                                                              \
+        .attention_split = lla_attention_split_##isa,                                                                  \
+        .attention_merge = lla_attention_merge_##isa,                                                                  \
+        .read = lla_read_##isa,                                                                                        \
+        .peak = lla_peak_##isa,                                                                                        \
     };
 
 DECLARE(portable)
@@ -43,7 +43,8 @@ DECLARE(avx512bf16)
 /* A NULL name asks for the best. */
 const struct lla_isa *lla_isa_named(const char *name) {
 #if defined(__x86_64__)
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool has_avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     const struct {
@@ -74,4 +75,6 @@ const struct lla_isa *lla_isa(void) {
     return chosen;
 }
 
-const char *lla_cpu_isa_name(void) { return lla_isa()->name; }
+const char *lla_cpu_isa_name(void) {
+    return lla_isa()->name;
+}

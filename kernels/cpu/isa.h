@@ -1,7 +1,7 @@
 /* isa.h: the primitives that are compiled once per instruction set, and the table through which they are called.
  *
- * kernels/cpu/{linear,rows,attention}.c are compiled for each instruction set with LLA_ISA set to its name; everything else calls
- * them through lla_isa(). Buffers are dense unless a stride is given; strides count elements. */
+ * kernels/cpu/{linear,rows,attention}.c are compiled for each instruction set with LLA_ISA set to its name; everything
+ * else calls them through lla_isa(). Buffers are dense unless a stride is given; strides count elements. */
 #ifndef LLA_CPU_ISA_H
 #define LLA_CPU_ISA_H
 
@@ -28,16 +28,16 @@ struct lla_linear {
 struct lla_attention {
     llaisysDataType_t dtype;
     size_t nrow, position0;
-    size_t group;             /* query heads of the KV head */
-    size_t dim, vdim;         /* of q and k, and of v */
+    size_t group;     /* query heads of the KV head */
+    size_t dim, vdim; /* of q and k, and of v */
     float scale;
-    const void *q;            /* row i, head h at q + i * q_stride + h * dim */
+    const void *q; /* row i, head h at q + i * q_stride + h * dim */
     size_t q_stride;
-    const void *k, *v;        /* token t of block b at k + table[b] * k_block_stride + t * k_token_stride */
+    const void *k, *v; /* token t of block b at k + table[b] * k_block_stride + t * k_token_stride */
     size_t k_block_stride, k_token_stride, v_block_stride, v_token_stride;
-    const int32_t *table;     /* block of positions [b << kv_shift, (b + 1) << kv_shift) */
+    const int32_t *table; /* block of positions [b << kv_shift, (b + 1) << kv_shift) */
     size_t kv_shift;
-    void *out;                /* row i, head h at out + i * out_stride + h * vdim */
+    void *out; /* row i, head h at out + i * out_stride + h * vdim */
     size_t out_stride;
 };
 
@@ -46,10 +46,12 @@ struct lla_isa {
     /* Columns [n0, n1) for every row. */
     void (*linear)(const struct lla_linear *args, size_t n0, size_t n1);
     /* out[i, :] = round(w * round(x[r, :] / sqrt(mean + eps))), r = index ? index[i] : i, for i in [i0, i1). */
-    void (*rms_norm)(llaisysDataType_t dtype, size_t d, const void *x, const int32_t *index, const void *w, float eps, void *out,
-                     size_t i0, size_t i1);
-    /* One head: out [dim] = x rotated by cos, sin [dim/2] (f32); products are rounded to dtype where `round_products`. out may be x. */
-    void (*rotate)(llaisysDataType_t dtype, size_t dim, const void *x, const float *cos_sin, bool round_products, void *out);
+    void (*rms_norm)(llaisysDataType_t dtype, size_t d, const void *x, const int32_t *index, const void *w, float eps,
+                     void *out, size_t i0, size_t i1);
+    /* One head: out [dim] = x rotated by cos, sin [dim/2] (f32); products are rounded to dtype where `round_products`.
+     * out may be x. */
+    void (*rotate)(llaisysDataType_t dtype, size_t dim, const void *x, const float *cos_sin, bool round_products,
+                   void *out);
     void (*add)(llaisysDataType_t dtype, size_t n, const void *a, const void *b, void *out);
     /* round(up * silu(gate)), with silu rounded in between where `round_silu`. */
     void (*swiglu)(llaisysDataType_t dtype, size_t n, const void *gate, const void *up, bool round_silu, void *out);

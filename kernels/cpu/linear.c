@@ -1,12 +1,13 @@
 /* linear.c: out = epilogue(x w^T), the one matrix product of the CPU, for one row and for a thousand.
  *
- * Every output has one accumulator of W lanes (2W products a step with the bf16 dot instruction) that walks its row of K in order; lanes
- * are summed at the end of each K block, and K blocks are added in order. Neither M nor the tile's shape enters, so a row's result is
- * the same alone and in any batch. Rows of x and w are read as they lie: no packing.
+ * Every output has one accumulator of W lanes (2W products a step with the bf16 dot instruction) that walks its row of
+ * K in order; lanes are summed at the end of each K block, and K blocks are added in order. Neither M nor the tile's
+ * shape enters, so a row's result is the same alone and in any batch. Rows of x and w are read as they lie: no packing.
  *
- * Few rows (decode) are bound by the stream of weights: 8 rows of w at a time, with the next 8 prefetched line by line in address order, so
- * that memory sees one forward stream. Many rows (prefill) are bound by arithmetic: MR x NR register tiles under a block of NB rows of
- * w and one K block, which stay in the second-level cache, while the x tile stays in the first. */
+ * Few rows (decode) are bound by the stream of weights: 8 rows of w at a time, with the next 8 prefetched line by line
+ * in address order, so that memory sees one forward stream. Many rows (prefill) are bound by arithmetic: MR x NR
+ * register tiles under a block of NB rows of w and one K block, which stay in the second-level cache, while the x tile
+ * stays in the first. */
 #include "simd.h"
 
 #if defined(__AVX512F__)
@@ -76,21 +77,20 @@ INLINE void tile(const int M, const int N, const int dt, const void *x, size_t l
     }
     UNROLL for (int j = 0; j < M * N; j += 4) {
         const vf zero = vf_zero();
-        __typeof__(vf_sum4(zero, zero, zero, zero)) s = vf_sum4(sum[j], j + 1 < M * N ? sum[j + 1] : zero,
-                                                               j + 2 < M * N ? sum[j + 2] : zero,
-                                                               j + 3 < M * N ? sum[j + 3] : zero);
-        UNROLL for (int l = 0; l < 4; l++)
-            if (j + l < M * N) acc[(j + l) / N * NB + (j + l) % N] += s[l];
+        __typeof__(vf_sum4(zero, zero, zero, zero)) s =
+            vf_sum4(sum[j], j + 1 < M * N ? sum[j + 1] : zero, j + 2 < M * N ? sum[j + 2] : zero,
+                    j + 3 < M * N ? sum[j + 3] : zero);
+        UNROLL for (int l = 0; l < 4; l++) if (j + l < M * N) acc[(j + l) / N * NB + (j + l) % N] += s[l];
     }
 }
 
 /* The tiles as functions: one for each dtype, number of rows of x (1 .. MR) and of w. */
 typedef void tile_fn(const void *x, size_t ldx, const void *w, size_t ldw, size_t k, float *acc, const char *ahead);
 
-#define TILE(dt, M, N)                                                                                                      \
-    static void tile_##dt##_##M##x##N(const void *x, size_t ldx, const void *w, size_t ldw, size_t k, float *acc,           \
-                                      const char *ahead) {                                                                  \
-        tile(M, N, dt, x, ldx, w, ldw, k, acc, ahead);                                                                      \
+#define TILE(dt, M, N)                                                                                                 \
+    static void tile_##dt##_##M##x##N(const void *x, size_t ldx, const void *w, size_t ldw, size_t k, float *acc,      \
+                                      const char *ahead) {                                                             \
+        tile(M, N, dt, x, ldx, w, ldw, k, acc, ahead);                                                                 \
     }
 #if defined(__AVX512F__)
 #define TILES(dt, N) TILE(dt, 1, N) TILE(dt, 2, N) TILE(dt, 3, N) TILE(dt, 4, N)
@@ -117,7 +117,12 @@ ALL_TILES(F16)
 ALL_TILES(F32)
 
 enum width { ONE_ROW, NR_ROWS, STREAM_ROWS };
-#define ALL_ROWS(dt) {TILE_ROW(dt, 1), TILE_ROW_(dt, WIDE), {tile_##dt##_1x8, tile_##dt##_2x8}}
+#define ALL_ROWS(dt)                                                                                                   \
+    {                                                                                                                  \
+        TILE_ROW(dt, 1), TILE_ROW_(dt, WIDE), {                                                                        \
+            tile_##dt##_1x8, tile_##dt##_2x8                                                                           \
+        }                                                                                                              \
+    }
 static tile_fn *const tiles[3][3][MR] = {ALL_ROWS(BF16), ALL_ROWS(F16), ALL_ROWS(F32)};
 static const size_t tile_width[] = {1, NR, STREAM_NR};
 
@@ -129,13 +134,14 @@ struct product {
     float *acc; /* [m, NB] */
 };
 
-/* acc += x [:, k0 .. k1) . w [rows j .. j + width, k0 .. k1). The rows of w behind these are prefetched with the first rows of x. */
+/* acc += x [:, k0 .. k1) . w [rows j .. j + width, k0 .. k1). The rows of w behind these are prefetched with the first
+ * rows of x. */
 static void cell(const struct product *p, enum width width, size_t j, size_t k0, size_t k1) {
     const char *w = p->w + (j * p->k + k0) * p->element;
     const char *ahead = p->w + ((j + tile_width[width]) * p->k + k0 * tile_width[width]) * p->element;
     for (size_t r = 0; r < p->m; r += MR, ahead = w)
-        p->tiles[width][(p->m - r < MR ? p->m - r : MR) - 1](p->x + (r * p->k + k0) * p->element, p->k, w, p->k, k1 - k0,
-                                                              p->acc + r * NB + j, ahead);
+        p->tiles[width][(p->m - r < MR ? p->m - r : MR) - 1](p->x + (r * p->k + k0) * p->element, p->k, w, p->k,
+                                                             k1 - k0, p->acc + r * NB + j, ahead);
 }
 
 /* acc [m, NB] = x w^T. The order of the loops follows the number of rows; results do not depend on it. */
@@ -160,7 +166,9 @@ INLINE void linear(const int dt, const struct lla_linear *a, size_t n0, size_t n
         const size_t n = n1 - nb < NB ? n1 - nb : NB;
         for (size_t mb = 0; mb < a->m; mb += MB) {
             const size_t m = a->m - mb < MB ? a->m - mb : MB;
-            struct product p = {.tiles = tiles[dt == BF16 ? 0 : dt == F16 ? 1 : 2],
+            struct product p = {.tiles = tiles[dt == BF16  ? 0
+                                               : dt == F16 ? 1
+                                                           : 2],
                                 .element = size_of(dt),
                                 .m = m,
                                 .n = n,
@@ -201,8 +209,7 @@ float LLA_FN(lla_read)(const float *x, size_t n) {
     vf sum[8];
     for (int j = 0; j < 8; j++) sum[j] = vf_zero();
     size_t i = 0;
-    for (; i + 8 * W <= n; i += 8 * W)
-        UNROLL for (int j = 0; j < 8; j++) {
+    for (; i + 8 * W <= n; i += 8 * W) UNROLL for (int j = 0; j < 8; j++) {
             __builtin_prefetch(x + i + j * W + 1024, 0, 3); /* 4 KB ahead: measured best */
             sum[j] = vf_add(sum[j], vf_load(x, i + j * W, F32));
         }

@@ -1,5 +1,5 @@
-/* nodes.c: the CPU twins of the step's nodes (contracts in kernels.h). Every thread of the team calls them; phases of a node that depend
- * on each other are parted by barriers, and the executor puts one between nodes. */
+/* nodes.c: the CPU twins of the step's nodes (contracts in kernels.h). Every thread of the team calls them; phases of a
+ * node that depend on each other are parted by barriers, and the executor puts one between nodes. */
 #include "crew.h"
 #include "isa.h"
 
@@ -8,15 +8,21 @@
 /* Rows of x are shared out in tasks of this many where a node works by rows. */
 enum { COLUMN_GRAIN = 8, ATTENTION_ROWS = 16 };
 
-static void barrier(struct lla_team team) { lla_crew_barrier(team.crew); }
+static void barrier(struct lla_team team) {
+    lla_crew_barrier(team.crew);
+}
 
 static const struct lla_step_header *header(const struct lla_ctx *ctx) {
     return (const struct lla_step_header *)(ctx->arena + ctx->io->header);
 }
 
-static const int32_t *ints(const struct lla_ctx *ctx, size_t offset) { return (const int32_t *)(ctx->arena + offset); }
+static const int32_t *ints(const struct lla_ctx *ctx, size_t offset) {
+    return (const int32_t *)(ctx->arena + offset);
+}
 
-static size_t element(const struct lla_ctx *ctx) { return lla_dtype_size(ctx->dims->dtype); }
+static size_t element(const struct lla_ctx *ctx) {
+    return lla_dtype_size(ctx->dims->dtype);
+}
 
 void lla_cpu_embed(const struct lla_ctx *ctx, const struct lla_embed_args *args, struct lla_team team) {
     const size_t row_bytes = ctx->dims->hidden * element(ctx);
@@ -24,7 +30,8 @@ void lla_cpu_embed(const struct lla_ctx *ctx, const struct lla_embed_args *args,
     size_t lo, hi;
     lla_share((size_t)header(ctx)->nrow, 1, team, &lo, &hi);
     for (size_t r = lo; r < hi; r++)
-        memcpy(ctx->arena + args->x + r * row_bytes, ctx->arena + args->weight + (size_t)tokens[r] * row_bytes, row_bytes);
+        memcpy(ctx->arena + args->x + r * row_bytes, ctx->arena + args->weight + (size_t)tokens[r] * row_bytes,
+               row_bytes);
 }
 
 /* normed [rows, hidden] = norm of x's rows (those of `index`, or all); ends with a barrier. */
@@ -33,7 +40,8 @@ static void norm(const struct lla_ctx *ctx, size_t rows, const int32_t *index, s
     const struct lla_dims *d = ctx->dims;
     size_t lo, hi;
     lla_share(rows, 1, team, &lo, &hi);
-    lla_isa()->rms_norm(d->dtype, d->hidden, ctx->arena + x, index, ctx->arena + weight, d->eps, ctx->arena + normed, lo, hi);
+    lla_isa()->rms_norm(d->dtype, d->hidden, ctx->arena + x, index, ctx->arena + weight, d->eps, ctx->arena + normed,
+                        lo, hi);
     barrier(team);
 }
 
@@ -46,7 +54,8 @@ static void linear(const struct lla_linear *args, struct lla_team team) {
 
 void lla_cpu_qkv(const struct lla_ctx *ctx, const struct lla_qkv_args *args, struct lla_team team) {
     const struct lla_dims *d = ctx->dims;
-    const size_t rows = (size_t)header(ctx)->nrow, heads = d->nhead + 2 * d->nkvhead, dim = d->head_dim, size = element(ctx);
+    const size_t rows = (size_t)header(ctx)->nrow, heads = d->nhead + 2 * d->nkvhead, dim = d->head_dim,
+                 size = element(ctx);
     norm(ctx, rows, NULL, args->x, args->norm, args->normed, team);
     linear(&(struct lla_linear){.dtype = d->dtype,
                                 .epilogue = LLA_EPI_STORE,
@@ -87,7 +96,8 @@ void lla_cpu_qkv(const struct lla_ctx *ctx, const struct lla_qkv_args *args, str
 void lla_cpu_attention(const struct lla_ctx *ctx, const struct lla_attention_args *args, struct lla_team team) {
     const struct lla_dims *d = ctx->dims;
     const struct lla_isa *isa = lla_isa();
-    const size_t rows = (size_t)header(ctx)->nrow, dim = d->head_dim, size = element(ctx), group = d->nhead / d->nkvhead;
+    const size_t rows = (size_t)header(ctx)->nrow, dim = d->head_dim, size = element(ctx),
+                 group = d->nhead / d->nkvhead;
     const int32_t *positions = ints(ctx, ctx->io->positions), *row_seq = ints(ctx, ctx->io->row_seq);
 
     struct lla_attention a = {.dtype = d->dtype, .group = group, .dim = dim, .vdim = dim};
@@ -97,7 +107,8 @@ void lla_cpu_attention(const struct lla_ctx *ctx, const struct lla_attention_arg
     a.k_token_stride = a.v_token_stride = dim;
     a.kv_shift = (size_t)__builtin_ctzll(d->kv_block);
 
-    /* Where every sequence has one row, splits are shared out too, so that few sequences of long context keep all threads busy. */
+    /* Where every sequence has one row, splits are shared out too, so that few sequences of long context keep all
+     * threads busy. */
     bool single = true;
     size_t nsplit = 0;
     for (size_t r = 0; r < rows; r++) {

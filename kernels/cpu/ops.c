@@ -1,4 +1,5 @@
-/* ops.c: the LLAISYS operators on the CPU (contracts in kernels/ops.h), over the same primitives as the step's nodes. */
+/* ops.c: the LLAISYS operators on the CPU (contracts in kernels/ops.h), over the same primitives as the step's nodes.
+ */
 #include "../ops.h"
 #include "isa.h"
 
@@ -9,12 +10,16 @@
 /* Below this many bytes one thread is faster than waking the others. */
 enum { PARALLEL_BYTES = 1 << 16 };
 
-static struct lla_team team(void) { return (struct lla_team){.rank = (size_t)omp_get_thread_num(), .size = (size_t)omp_get_num_threads()}; }
+static struct lla_team team(void) {
+    return (struct lla_team){.rank = (size_t)omp_get_thread_num(), .size = (size_t)omp_get_num_threads()};
+}
 
 static const char *from(const void *base, size_t i, llaisysDataType_t dtype) {
     return (const char *)base + i * lla_dtype_size(dtype);
 }
-static char *to(void *base, size_t i, llaisysDataType_t dtype) { return (char *)base + i * lla_dtype_size(dtype); }
+static char *to(void *base, size_t i, llaisysDataType_t dtype) {
+    return (char *)base + i * lla_dtype_size(dtype);
+}
 
 static lla_status add(llaisysDataType_t dtype, size_t n, const void *a, const void *b, void *c) {
 #pragma omp parallel if (n * lla_dtype_size(dtype) > PARALLEL_BYTES)
@@ -56,7 +61,8 @@ static lla_status linear(llaisysDataType_t dtype, size_t m, size_t n, size_t k, 
     return LLA_OK;
 }
 
-static lla_status rms_norm(llaisysDataType_t dtype, size_t rows, size_t d, const void *x, const void *w, float eps, void *out) {
+static lla_status rms_norm(llaisysDataType_t dtype, size_t rows, size_t d, const void *x, const void *w, float eps,
+                           void *out) {
 #pragma omp parallel if (rows * d * lla_dtype_size(dtype) > PARALLEL_BYTES)
     {
         size_t lo, hi;
@@ -66,8 +72,8 @@ static lla_status rms_norm(llaisysDataType_t dtype, size_t rows, size_t d, const
     return LLA_OK;
 }
 
-/* cos_sin [dim] of one position: dim/2 cosines, then sines, of angle = position / theta^(2j/dim), in double. Angles below
- * `rounded_below` are rounded to f32 once. */
+/* cos_sin [dim] of one position: dim/2 cosines, then sines, of angle = position / theta^(2j/dim), in double. Angles
+ * below `rounded_below` are rounded to f32 once. */
 static void angles(size_t dim, double theta, double position, double rounded_below, float *cos_sin) {
     for (size_t j = 0; j < dim / 2; j++) {
         double angle = position * pow(theta, -2.0 * (double)j / (double)dim);
@@ -89,8 +95,8 @@ static lla_status rope(llaisysDataType_t dtype, size_t seq, size_t heads, size_t
         size_t lo, hi;
         lla_share(seq, 1, team(), &lo, &hi);
         for (size_t i = lo; i < hi; i++) {
-            /* LLAISYS's own test compares with f32 angles of up to 1023 to 1e-4; exact ones would differ by up to 1.2e-4. At
-             * long positions, where f32 angles are off by thousandths, ours stay exact. */
+            /* LLAISYS's own test compares with f32 angles of up to 1023 to 1e-4; exact ones would differ by up
+             * to 1.2e-4. At long positions, where f32 angles are off by thousandths, ours stay exact. */
             angles(d, theta, (double)pos[i], 1024, cos_sin);
             for (size_t h = i * heads; h < (i + 1) * heads; h++)
                 lla_isa()->rotate(dtype, d, from(x, h * d, dtype), cos_sin, false, to(out, h * d, dtype));
@@ -112,7 +118,8 @@ void lla_rope_table(llaisysDataType_t dtype, size_t max_seq, size_t head_dim, do
 static lla_status self_attention(llaisysDataType_t dtype, size_t seq, size_t total, size_t nh, size_t nkvh, size_t d,
                                  size_t dv, const void *q, const void *k, const void *v, float scale, void *out) {
     enum { ROWS = 16, MAX_DV = 1024 };
-    LLA_REQUIRE(dv <= MAX_DV, LLA_EINVAL, "self_attention: head dimension of v is %zu, expected at most %d", dv, MAX_DV);
+    LLA_REQUIRE(dv <= MAX_DV, LLA_EINVAL, "self_attention: head dimension of v is %zu, expected at most %d", dv,
+                MAX_DV);
     const int32_t table = 0; /* one block that holds every position */
     const size_t group = nh / nkvh, tasks = nkvh * ((seq + ROWS - 1) / ROWS);
 #pragma omp parallel for schedule(dynamic) if (seq * total * nh * d > PARALLEL_BYTES)
@@ -163,7 +170,8 @@ static lla_status rearrange(size_t element, size_t ndim, const size_t *shape, co
         run *= shape[--outer];
     ptrdiff_t to_offset = 0, from_offset = 0;
     for (;;) {
-        memcpy((char *)out + to_offset * (ptrdiff_t)element, (const char *)in + from_offset * (ptrdiff_t)element, run * element);
+        memcpy((char *)out + to_offset * (ptrdiff_t)element, (const char *)in + from_offset * (ptrdiff_t)element,
+               run * element);
         size_t i = outer;
         while (i > 0) {
             i--;

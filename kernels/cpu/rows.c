@@ -15,8 +15,8 @@ INLINE void norm_row(const int dt, size_t d, const void *x, const void *w, float
     }
 }
 
-void LLA_FN(lla_rms_norm)(llaisysDataType_t dtype, size_t d, const void *x, const int32_t *index, const void *w, float eps,
-                          void *out, size_t i0, size_t i1) {
+void LLA_FN(lla_rms_norm)(llaisysDataType_t dtype, size_t d, const void *x, const int32_t *index, const void *w,
+                          float eps, void *out, size_t i0, size_t i1) {
     for (size_t i = i0; i < i1; i++) {
         size_t row = index ? (size_t)index[i] : i;
         LLA_BY_DTYPE(dtype, norm_row(dt, d, at(x, row * d, dt), w, eps, at_mut(out, i * d, dt)));
@@ -41,7 +41,8 @@ INLINE void rotate(const int dt, size_t dim, const void *x, const float *cos_sin
     }
 }
 
-void LLA_FN(lla_rotate)(llaisysDataType_t dtype, size_t dim, const void *x, const float *cos_sin, bool round_products, void *out) {
+void LLA_FN(lla_rotate)(llaisysDataType_t dtype, size_t dim, const void *x, const float *cos_sin, bool round_products,
+                        void *out) {
     LLA_BY_DTYPE(dtype, rotate(dt, dim, x, cos_sin, round_products, out));
 }
 
@@ -65,7 +66,8 @@ INLINE void swiglu(const int dt, size_t n, const void *gate, const void *up, boo
     }
 }
 
-void LLA_FN(lla_swiglu)(llaisysDataType_t dtype, size_t n, const void *gate, const void *up, bool round_silu, void *out) {
+void LLA_FN(lla_swiglu)(llaisysDataType_t dtype, size_t n, const void *gate, const void *up, bool round_silu,
+                        void *out) {
     LLA_BY_DTYPE(dtype, swiglu(dt, n, gate, up, round_silu, out));
 }
 

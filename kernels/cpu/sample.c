@@ -1,9 +1,11 @@
-/* sample.c: the next token of each logit row: greedy, or drawn from the top-k, top-p part of softmax(logits / temperature). */
+/* sample.c: the next token of each logit row: greedy, or drawn from the top-k, top-p part of softmax(logits /
+ * temperature). */
 #include "isa.h"
 
 #include <math.h>
 
-/* Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11): the first word for a key and a counter. */
+/* Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11): the first word for a key and a
+ * counter. */
 static uint32_t philox(uint64_t key, uint64_t counter) {
     uint32_t c0 = (uint32_t)counter, c1 = (uint32_t)(counter >> 32), c2 = 0, c3 = 0;
     uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);

@@ -1,7 +1,8 @@
-/* simd.h: the vector type `vf` of W floats for the instruction set that the file is compiled for, and what the kernels need of it.
+/* simd.h: the vector type `vf` of W floats for the instruction set that the file is compiled for, and what the kernels
+ * need of it.
  *
- * Functions that take `const int dt` are inlined with a constant dtype, so that the switch disappears. Partial loads give zeros
- * beyond n. vf_sum4 fixes the order of a sum over lanes once for all callers. */
+ * Functions that take `const int dt` are inlined with a constant dtype, so that the switch disappears. Partial loads
+ * give zeros beyond n. vf_sum4 fixes the order of a sum over lanes once for all callers. */
 #ifndef LLA_CPU_SIMD_H
 #define LLA_CPU_SIMD_H
 
@@ -22,38 +23,64 @@
 enum { BF16 = LLAISYS_DTYPE_BF16, F16 = LLAISYS_DTYPE_F16, F32 = LLAISYS_DTYPE_F32 };
 
 /* Calls `call` with dt bound to the constant of the dtype. */
-#define LLA_BY_DTYPE(dtype, call)   \
-    do {                            \
-        if ((dtype) == LLAISYS_DTYPE_BF16) { \
-            enum { dt = BF16 };     \
-            call;                   \
-        } else if ((dtype) == LLAISYS_DTYPE_F16) { \
-            enum { dt = F16 };      \
-            call;                   \
-        } else {                    \
-            enum { dt = F32 };      \
-            call;                   \
-        }                           \
+#define LLA_BY_DTYPE(dtype, call)                                                                                      \
+    do {                                                                                                               \
+        if ((dtype) == LLAISYS_DTYPE_BF16) {                                                                           \
+            enum { dt = BF16 };                                                                                        \
+            call;                                                                                                      \
+        } else if ((dtype) == LLAISYS_DTYPE_F16) {                                                                     \
+            enum { dt = F16 };                                                                                         \
+            call;                                                                                                      \
+        } else {                                                                                                       \
+            enum { dt = F32 };                                                                                         \
+            call;                                                                                                      \
+        }                                                                                                              \
     } while (0)
 
-INLINE size_t size_of(const int dt) { return dt == F32 ? 4 : 2; }
-INLINE const void *at(const void *base, size_t i, const int dt) { return (const char *)base + i * size_of(dt); }
-INLINE void *at_mut(void *base, size_t i, const int dt) { return (char *)base + i * size_of(dt); }
+INLINE size_t size_of(const int dt) {
+    return dt == F32 ? 4 : 2;
+}
+INLINE const void *at(const void *base, size_t i, const int dt) {
+    return (const char *)base + i * size_of(dt);
+}
+INLINE void *at_mut(void *base, size_t i, const int dt) {
+    return (char *)base + i * size_of(dt);
+}
 
 #if defined(__AVX512F__)
 
 enum { W = 16 };
 typedef __m512 vf;
-INLINE vf vf_zero(void) { return _mm512_setzero_ps(); }
-INLINE vf vf_set(float s) { return _mm512_set1_ps(s); }
-INLINE vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
-INLINE vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
-INLINE vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
-INLINE vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
-INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
-INLINE vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); }
-INLINE __mmask16 vf_mask(size_t n) { return (__mmask16)((1u << n) - 1); }
+INLINE vf vf_zero(void) {
+    return _mm512_setzero_ps();
+}
+INLINE vf vf_set(float s) {
+    return _mm512_set1_ps(s);
+}
+INLINE vf vf_add(vf a, vf b) {
+    return _mm512_add_ps(a, b);
+}
+INLINE vf vf_sub(vf a, vf b) {
+    return _mm512_sub_ps(a, b);
+}
+INLINE vf vf_mul(vf a, vf b) {
+    return _mm512_mul_ps(a, b);
+}
+INLINE vf vf_div(vf a, vf b) {
+    return _mm512_div_ps(a, b);
+}
+INLINE vf vf_fma(vf a, vf b, vf c) {
+    return _mm512_fmadd_ps(a, b, c);
+}
+INLINE vf vf_max(vf a, vf b) {
+    return _mm512_max_ps(a, b);
+}
+INLINE vf vf_min(vf a, vf b) {
+    return _mm512_min_ps(a, b);
+}
+INLINE __mmask16 vf_mask(size_t n) {
+    return (__mmask16)((1u << n) - 1);
+}
 
 INLINE vf vf_load_n(const void *p, size_t i, size_t n, const int dt) {
     const __mmask16 m = vf_mask(n);
@@ -98,30 +125,55 @@ INLINE __m128 vf_sum4(vf a, vf b, vf c, vf d) {
     __m512 s = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
     s = _mm512_add_ps(s, _mm512_permute_ps(s, 0x4e));
     s = _mm512_add_ps(s, _mm512_permute_ps(s, 0xb1));
-    return _mm512_castps512_ps128(_mm512_permutexvar_ps(_mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0), s));
+    return _mm512_castps512_ps128(
+        _mm512_permutexvar_ps(_mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0), s));
 }
-INLINE float vf_hmax(vf v) { return _mm512_reduce_max_ps(v); }
+INLINE float vf_hmax(vf v) {
+    return _mm512_reduce_max_ps(v);
+}
 /* Whether any lane of a is above b's, or NaN. */
-INLINE bool vf_any_above(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ) != 0; }
+INLINE bool vf_any_above(vf a, vf b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ) != 0;
+}
 /* 2^n for integral n in [-126, 127]. */
 INLINE vf vf_exp2i(vf n) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
-INLINE vf vf_nearest(vf v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE vf vf_nearest(vf v) {
+    return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 
 #elif defined(__AVX2__)
 
 enum { W = 8 };
 typedef __m256 vf;
-INLINE vf vf_zero(void) { return _mm256_setzero_ps(); }
-INLINE vf vf_set(float s) { return _mm256_set1_ps(s); }
-INLINE vf vf_add(vf a, vf b) { return _mm256_add_ps(a, b); }
-INLINE vf vf_sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
-INLINE vf vf_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
-INLINE vf vf_div(vf a, vf b) { return _mm256_div_ps(a, b); }
-INLINE vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
-INLINE vf vf_max(vf a, vf b) { return _mm256_max_ps(a, b); }
-INLINE vf vf_min(vf a, vf b) { return _mm256_min_ps(a, b); }
+INLINE vf vf_zero(void) {
+    return _mm256_setzero_ps();
+}
+INLINE vf vf_set(float s) {
+    return _mm256_set1_ps(s);
+}
+INLINE vf vf_add(vf a, vf b) {
+    return _mm256_add_ps(a, b);
+}
+INLINE vf vf_sub(vf a, vf b) {
+    return _mm256_sub_ps(a, b);
+}
+INLINE vf vf_mul(vf a, vf b) {
+    return _mm256_mul_ps(a, b);
+}
+INLINE vf vf_div(vf a, vf b) {
+    return _mm256_div_ps(a, b);
+}
+INLINE vf vf_fma(vf a, vf b, vf c) {
+    return _mm256_fmadd_ps(a, b, c);
+}
+INLINE vf vf_max(vf a, vf b) {
+    return _mm256_max_ps(a, b);
+}
+INLINE vf vf_min(vf a, vf b) {
+    return _mm256_min_ps(a, b);
+}
 
 INLINE vf vf_load(const void *p, size_t i, const int dt) {
     if (dt == F32) return _mm256_loadu_ps((const float *)p + i);
@@ -170,26 +222,50 @@ INLINE float vf_hmax(vf v) {
     m = _mm_max_ps(m, _mm_movehl_ps(m, m));
     return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
 }
-INLINE bool vf_any_above(vf a, vf b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)) != 0; }
+INLINE bool vf_any_above(vf a, vf b) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)) != 0;
+}
 INLINE vf vf_exp2i(vf n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
-INLINE vf vf_nearest(vf v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE vf vf_nearest(vf v) {
+    return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 
 #else /* portable: GCC's and Clang's vectors of four floats, whatever the machine makes of them */
 
 enum { W = 4 };
 typedef float vf __attribute__((vector_size(16)));
 typedef float v4 __attribute__((vector_size(16)));
-INLINE vf vf_set(float s) { return (vf){s, s, s, s}; }
-INLINE vf vf_zero(void) { return vf_set(0); }
-INLINE vf vf_add(vf a, vf b) { return a + b; }
-INLINE vf vf_sub(vf a, vf b) { return a - b; }
-INLINE vf vf_mul(vf a, vf b) { return a * b; }
-INLINE vf vf_div(vf a, vf b) { return a / b; }
-INLINE vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
-INLINE vf vf_max(vf a, vf b) { return (vf){a[0] > b[0] ? a[0] : b[0], a[1] > b[1] ? a[1] : b[1], a[2] > b[2] ? a[2] : b[2], a[3] > b[3] ? a[3] : b[3]}; }
-INLINE vf vf_min(vf a, vf b) { return (vf){a[0] < b[0] ? a[0] : b[0], a[1] < b[1] ? a[1] : b[1], a[2] < b[2] ? a[2] : b[2], a[3] < b[3] ? a[3] : b[3]}; }
+INLINE vf vf_set(float s) {
+    return (vf){s, s, s, s};
+}
+INLINE vf vf_zero(void) {
+    return vf_set(0);
+}
+INLINE vf vf_add(vf a, vf b) {
+    return a + b;
+}
+INLINE vf vf_sub(vf a, vf b) {
+    return a - b;
+}
+INLINE vf vf_mul(vf a, vf b) {
+    return a * b;
+}
+INLINE vf vf_div(vf a, vf b) {
+    return a / b;
+}
+INLINE vf vf_fma(vf a, vf b, vf c) {
+    return a * b + c;
+}
+INLINE vf vf_max(vf a, vf b) {
+    return (vf){a[0] > b[0] ? a[0] : b[0], a[1] > b[1] ? a[1] : b[1], a[2] > b[2] ? a[2] : b[2],
+                a[3] > b[3] ? a[3] : b[3]};
+}
+INLINE vf vf_min(vf a, vf b) {
+    return (vf){a[0] < b[0] ? a[0] : b[0], a[1] < b[1] ? a[1] : b[1], a[2] < b[2] ? a[2] : b[2],
+                a[3] < b[3] ? a[3] : b[3]};
+}
 INLINE vf vf_load_n(const void *p, size_t i, size_t n, const int dt) {
     vf v = vf_zero();
     for (size_t j = 0; j < W && j < n; j++) v[j] = lla_load_float(p, i + j, (llaisysDataType_t)dt);
@@ -197,7 +273,8 @@ INLINE vf vf_load_n(const void *p, size_t i, size_t n, const int dt) {
 }
 INLINE vf vf_load(const void *p, size_t i, const int dt) {
     const llaisysDataType_t t = (llaisysDataType_t)dt;
-    return (vf){lla_load_float(p, i, t), lla_load_float(p, i + 1, t), lla_load_float(p, i + 2, t), lla_load_float(p, i + 3, t)};
+    return (vf){lla_load_float(p, i, t), lla_load_float(p, i + 1, t), lla_load_float(p, i + 2, t),
+                lla_load_float(p, i + 3, t)};
 }
 INLINE void vf_store_n(void *p, size_t i, size_t n, vf v, const int dt) {
     for (size_t j = 0; j < W && j < n; j++) lla_store_float(p, i + j, v[j], (llaisysDataType_t)dt);
@@ -216,20 +293,29 @@ INLINE float vf_hmax(vf v) {
     float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
     return a > b ? a : b;
 }
-INLINE bool vf_any_above(vf a, vf b) { return !(a[0] <= b[0] && a[1] <= b[1] && a[2] <= b[2] && a[3] <= b[3]); }
-INLINE vf vf_nearest(vf v) { return (vf){rintf(v[0]), rintf(v[1]), rintf(v[2]), rintf(v[3])}; }
+INLINE bool vf_any_above(vf a, vf b) {
+    return !(a[0] <= b[0] && a[1] <= b[1] && a[2] <= b[2] && a[3] <= b[3]);
+}
+INLINE vf vf_nearest(vf v) {
+    return (vf){rintf(v[0]), rintf(v[1]), rintf(v[2]), rintf(v[3])};
+}
 INLINE vf vf_exp2i(vf n) {
-    vf v;
+    vf v = vf_zero();
     for (int j = 0; j < W; j++) v[j] = lla_bits_float((uint32_t)((int32_t)n[j] + 127) << 23);
     return v;
 }
 
 #endif
 
-INLINE void vf_store(void *p, size_t i, vf v, const int dt) { vf_store_n(p, i, W, v, dt); }
-INLINE float vf_sum(vf v) { return vf_sum4(v, v, v, v)[0]; }
+INLINE void vf_store(void *p, size_t i, vf v, const int dt) {
+    vf_store_n(p, i, W, v, dt);
+}
+INLINE float vf_sum(vf v) {
+    return vf_sum4(v, v, v, v)[0];
+}
 
-/* e^x to about 1 ulp for -87.3 <= x <= 88, and the value at the nearer end beyond (1.2e-38 and 1.7e38). Cody-Waite reduction and a degree-6 polynomial (Cephes, expf). */
+/* e^x to about 1 ulp for -87.3 <= x <= 88, and the value at the nearer end beyond (1.2e-38 and 1.7e38). Cody-Waite
+ * reduction and a degree-6 polynomial (Cephes, expf). */
 INLINE vf vf_exp(vf x) {
     vf clipped = vf_max(vf_set(-87.33654f), vf_min(vf_set(88.0f), x)); /* in this order a NaN passes on x86 */
     vf n = vf_nearest(vf_mul(clipped, vf_set(1.44269504088896341f)));
@@ -246,6 +332,8 @@ INLINE vf vf_exp(vf x) {
 }
 
 /* x / (1 + e^-x) */
-INLINE vf vf_silu(vf x) { return vf_div(x, vf_add(vf_set(1.0f), vf_exp(vf_sub(vf_zero(), x)))); }
+INLINE vf vf_silu(vf x) {
+    return vf_div(x, vf_add(vf_set(1.0f), vf_exp(vf_sub(vf_zero(), x))));
+}
 
 #endif

@@ -10,7 +10,9 @@ HERE = Path(__file__).resolve().parent
 
 def image(header, data=b"", length=None):
     """A safetensors file; header is a dict or the text itself."""
-    text = header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":")).encode()
+    text = (
+        header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":")).encode()
+    )
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
@@ -20,12 +22,19 @@ def tensor(dtype, shape, begin, end):
 
 W = tensor("F32", [2, 3], 0, 24)
 SAFETENSORS = {
-    "ok-two": image({"__metadata__": {"format": "pt"}, "w": W, "b": tensor("BF16", [4], 24, 32)}, bytes(32)),
+    "ok-two": image(
+        {"__metadata__": {"format": "pt"}, "w": W, "b": tensor("BF16", [4], 24, 32)}, bytes(32)
+    ),
     "ok-empty": image({}),
-    "ok-scalar-and-none": image({"s": tensor("I64", [], 0, 8), "none": tensor("F16", [0, 5], 8, 8)}, bytes(8)),
+    "ok-scalar-and-none": image(
+        {"s": tensor("I64", [], 0, 8), "none": tensor("F16", [0, 5], 8, 8)}, bytes(8)
+    ),
     "ok-spaces": image(b' \t{"w": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}  ', b"x"),
     "ok-names": image(
-        rb'{"\u00e9\ud83d\ude00 ' + "\u20ac".encode() + rb'":{"dtype":"F8_E4M3","shape":[2,1,1],"data_offsets":[0,2]}}', b"xy"
+        rb'{"\u00e9\ud83d\ude00 '
+        + "\u20ac".encode()
+        + rb'":{"dtype":"F8_E4M3","shape":[2,1,1],"data_offsets":[0,2]}}',
+        b"xy",
     ),
     "bad-lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3087467144\n",
     "bad-short": b"\x02\0\0",
@@ -35,7 +44,9 @@ SAFETENSORS = {
     "bad-hole": image({"a": tensor("U8", [1], 0, 1), "b": tensor("U8", [1], 2, 3)}, bytes(3)),
     "bad-overlap": image({"a": tensor("U8", [2], 0, 2), "b": tensor("U8", [2], 1, 3)}, bytes(3)),
     "bad-backwards": image({"a": tensor("U8", [2], 2, 0)}, bytes(2)),
-    "bad-offsets": image({"a": tensor("U8", [1], -1, 0.5), "b": tensor("U8", [1], 2**53, 2**64)}, bytes(2)),
+    "bad-offsets": image(
+        {"a": tensor("U8", [1], -1, 0.5), "b": tensor("U8", [1], 2**53, 2**64)}, bytes(2)
+    ),
     "bad-overflow": image({"w": tensor("U8", [4194305, 4194305, 211106198978564], 0, 1)}, bytes(1)),
     "bad-dtype": image({"w": tensor("F7", [1], 0, 1)}, bytes(1)),
     "bad-twice": image(b'{"w":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"w":{}}'),
@@ -64,10 +75,22 @@ ROPE = {"rope_type": "default", "rope_theta": 1e6}
 FULL = ["full_attention"] * 2
 CONFIG = {
     "ok-least": config(),
-    "ok-v4": config(torch_dtype="bfloat16", rope_theta=10000, rms_norm_eps=1e-6, tie_word_embeddings=True,
-                    use_sliding_window=False, sliding_window=16, max_window_layers=1, eos_token_id=7, hidden_act="silu",
-                    rope_scaling=None, max_position_embeddings=512),
-    "ok-v5": config(dtype="float16", rope_parameters=ROPE, layer_types=FULL, head_dim=32, eos_token_id=[7, 8]),
+    "ok-v4": config(
+        torch_dtype="bfloat16",
+        rope_theta=10000,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        use_sliding_window=False,
+        sliding_window=16,
+        max_window_layers=1,
+        eos_token_id=7,
+        hidden_act="silu",
+        rope_scaling=None,
+        max_position_embeddings=512,
+    ),
+    "ok-v5": config(
+        dtype="float16", rope_parameters=ROPE, layer_types=FULL, head_dim=32, eos_token_id=[7, 8]
+    ),
     "ok-generation": b'{"do_sample": true, "eos_token_id": [1, 2], "temperature": 0.6, "top_p": 0.95}',
     "bad-yarn": config(rope_scaling={"type": "yarn", "factor": 4.0}),
     "bad-slides": config(use_sliding_window=True, sliding_window=16, max_window_layers=0),

@@ -1,11 +1,10 @@
 /* qwen2.h: a Qwen2-architecture model as one sequence: create or open, infer, reset, destroy.
  *
- * Ownership: ModelCreate and ModelOpen return a model that the caller destroys. Weights and their tensor handles belong to the
- * model. All memory is taken when the model is created: inference allocates nothing.
- * Units: tokens are vocabulary ids; maxseq counts tokens of the sequence, prompt and answer together.
- * Errors: NULL, -1 or a non-zero status, and llaisysGetLastError() says what was expected and what was found.
- * A failed call leaves the sequence as it was.
- * Threads: a model is used by one thread at a time; different models are independent.
+ * Ownership: ModelCreate and ModelOpen return a model that the caller destroys. Weights and their tensor handles belong
+ * to the model. All memory is taken when the model is created: inference allocates nothing. Units: tokens are
+ * vocabulary ids; maxseq counts tokens of the sequence, prompt and answer together. Errors: NULL, -1 or a non-zero
+ * status, and llaisysGetLastError() says what was expected and what was found. A failed call leaves the sequence as it
+ * was. Threads: a model is used by one thread at a time; different models are independent.
  *
  *     struct LlaisysQwen2Model *m = llaisysQwen2ModelOpen("models/refrain-mini", NULL);
  *     if (!m) { fprintf(stderr, "%s\n", llaisysGetLastError()); return 1; }
@@ -23,14 +22,15 @@
 LLAISYS_BEGIN
 
 struct LlaisysQwen2Meta {
-    llaisysDataType_t dtype;                        /* BF16, F16 or F32 */
+    llaisysDataType_t dtype;                          /* BF16, F16 or F32 */
     size_t nlayer, hs, nh, nkvh, dh, di, maxseq, voc; /* hs: hidden size; dh: head_dim; di: FFN size */
     float epsilon, theta;
     int64_t end_token; /* -1 for none */
 };
 
-/* Row-major weights, all of the model's dtype: in_embed, out_embed [voc, hs]; norms [hs]; q [nh*dh, hs], k and v [nkvh*dh, hs] with
- * biases [rows]; o [hs, nh*dh]; gate, up [di, hs]; down [hs, di]. The arrays hold nlayer handles. Fill them with tensorLoad. */
+/* Row-major weights, all of the model's dtype: in_embed, out_embed [voc, hs]; norms [hs]; q [nh*dh, hs], k and v
+ * [nkvh*dh, hs] with biases [rows]; o [hs, nh*dh]; gate, up [di, hs]; down [hs, di]. The arrays hold nlayer handles.
+ * Fill them with tensorLoad. */
 struct LlaisysQwen2Weights {
     llaisysTensor_t in_embed;
     llaisysTensor_t out_embed;
@@ -51,14 +51,15 @@ struct LlaisysQwen2Weights {
 
 struct LlaisysQwen2Model;
 
-/* A model with zeroed weights on `ndevice` devices; more than one means tensor parallel. device_ids may be NULL for device 0. */
+/* A model with zeroed weights on `ndevice` devices; more than one means tensor parallel. device_ids may be NULL for
+ * device 0. */
 LLAISYS_API struct LlaisysQwen2Model *llaisysQwen2ModelCreate(const struct LlaisysQwen2Meta *meta,
-                                                              llaisysDeviceType_t device, int *device_ids,
-                                                              int ndevice);
+                                                              llaisysDeviceType_t device, int *device_ids, int ndevice);
 LLAISYS_API void llaisysQwen2ModelDestroy(struct LlaisysQwen2Model *model);
 LLAISYS_API struct LlaisysQwen2Weights *llaisysQwen2ModelWeights(struct LlaisysQwen2Model *model);
 
-/* Appends token_ids [ntoken], ntoken > 0, to the sequence and returns the greedy next token (which is not appended), or -1. */
+/* Appends token_ids [ntoken], ntoken > 0, to the sequence and returns the greedy next token (which is not appended), or
+ * -1. */
 LLAISYS_API int64_t llaisysQwen2ModelInfer(struct LlaisysQwen2Model *model, int64_t *token_ids, size_t ntoken);
 
 /* ---- beyond LLAISYS ---- */
@@ -75,9 +76,9 @@ struct LlaisysQwen2Options {
     int progress;            /* 1: a progress bar on standard error where that is a terminal */
 };
 
-/* How the next token is chosen. temperature 0 or top_k 1: the greedy token, the first of equals. Otherwise, as in transformers:
- * logits / temperature, the top_k largest (0: all), then the smallest set whose probability reaches top_p (1: all). The random number
- * is Philox4x32-10 of (seed, position): same seed and prompt, same text. */
+/* How the next token is chosen. temperature 0 or top_k 1: the greedy token, the first of equals. Otherwise, as in
+ * transformers: logits / temperature, the top_k largest (0: all), then the smallest set whose probability reaches top_p
+ * (1: all). The random number is Philox4x32-10 of (seed, position): same seed and prompt, same text. */
 struct LlaisysSampling {
     float temperature; /* >= 0 */
     int32_t top_k;     /* >= 0 */
@@ -86,7 +87,8 @@ struct LlaisysSampling {
 };
 
 /* Opens a folder in transformers' format: config.json, *.safetensors, generation_config.json. options may be NULL. */
-LLAISYS_API struct LlaisysQwen2Model *llaisysQwen2ModelOpen(const char *path, const struct LlaisysQwen2Options *options);
+LLAISYS_API struct LlaisysQwen2Model *llaisysQwen2ModelOpen(const char *path,
+                                                            const struct LlaisysQwen2Options *options);
 
 /* As ModelInfer, sampled; sampling NULL means greedy. */
 LLAISYS_API int64_t llaisysQwen2ModelStep(struct LlaisysQwen2Model *model, const int64_t *token_ids, size_t ntoken,
@@ -101,8 +103,8 @@ LLAISYS_API int llaisysQwen2ModelLogits(struct LlaisysQwen2Model *model, float *
 LLAISYS_API int llaisysQwen2ModelIsEnd(const struct LlaisysQwen2Model *model, int64_t token);
 /* The model's dimensions; maxseq is the one in force. */
 LLAISYS_API void llaisysQwen2ModelMeta(const struct LlaisysQwen2Model *model, struct LlaisysQwen2Meta *meta);
-/* The plan of a model folder under the given options as text ("text"), JSON ("json") or a picture ("svg"), without loading it.
- * A malloc'ed string for llaisysFreeString, or NULL. */
+/* The plan of a model folder under the given options as text ("text"), JSON ("json") or a picture ("svg"), without
+ * loading it. A malloc'ed string for llaisysFreeString, or NULL. */
 LLAISYS_API char *llaisysQwen2Plan(const char *path, const struct LlaisysQwen2Options *options, const char *format);
 LLAISYS_API void llaisysFreeString(char *text);
 
