@@ -1,0 +1,54 @@
+/* nodes.h: launchers of the step's nodes on a GPU, and the packed form in which a GPU arena holds weights.
+ *
+ * Packed weights. A weight [rows, cols] is cut into tiles of 16 rows by 16 columns, both padded with zeros. A tile lies
+ * in the order in which mma.m16n8k16 wants its 16-row operand: lane l = 4 g + t of a warp holds eight elements, for
+ * rows g and g + 8, (g, 2t) (g, 2t+1) (g+8, 2t) (g+8, 2t+1) (g, 2t+8) (g, 2t+9) (g+8, 2t+8) (g+8, 2t+9) in 16 bytes (32
+ * for f32). Tiles of one row block follow each other along the columns, so that a warp reads its weights as one forward
+ * stream of 512-byte pieces, straight into registers. Rows may be paired: row g of a tile and row g + 8 are then rows j
+ * and j + half of a group of 2 half rows: the halves that RoPE rotates together (half = head_dim / 2), or a gate and
+ * its up row (half = ffn), so that the two meet in one thread.
+ *
+ * Sums. A row's K is cut into eight contiguous parts (sixteen where K is long), one a warp; a part is summed by the
+ * tensor core in order of K, and the parts' sums are added in order. Neither the number of rows in the step nor the
+ * bucket enters. */
+#ifndef LLA_CUDA_NODES_H
+#define LLA_CUDA_NODES_H
+
+#include "../kernels.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { LLA_TILE = 16 };
+
+/* What a launcher needs beside the node's arguments. */
+struct lla_cuda_ctx {
+    char *arena; /* device memory */
+    struct lla_dims dims;
+    struct lla_io io;
+    size_t rows, logits; /* of the bucket: at most */
+    int sm_count;
+    size_t max_smem; /* bytes of shared memory that a block may have */
+    int pdl;         /* programmatic dependent launch on every edge */
+    void *stream;    /* cudaStream_t */
+};
+
+#define X(NAME, suffix)                                                                                                \
+    lla_status lla_cuda_##suffix(const struct lla_cuda_ctx *ctx, const struct lla_##suffix##_args *args);
+LLA_NODE_OPS(X)
+#undef X
+
+/* Bytes of a packed weight. */
+size_t lla_cuda_packed_bytes(llaisysDataType_t dtype, size_t rows, size_t cols);
+
+/* Packs rows [dst_row, dst_row + rows) of a weight from dense device memory src [rows, cols]; half 0: unpaired. The
+ * weight's padding must be zero before. */
+lla_status lla_cuda_pack(llaisysDataType_t dtype, const void *src, size_t rows, size_t cols, size_t dst_row,
+                         size_t half, void *packed, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,102 @@
+/* step.cuh: what the step's kernels share: dtypes, rounding, packed tiles, launching. */
+#ifndef LLA_STEP_CUH
+#define LLA_STEP_CUH
+
+#include "nodes.h"
+#include "ptx.cuh"
+
+#include <cuda_runtime.h>
+
+enum { WARPS = 8, THREADS = 32 * WARPS };
+
+template <class T> __device__ __forceinline__ float to_float(T v);
+template <> __device__ __forceinline__ float to_float(float v) {
+    return v;
+}
+template <> __device__ __forceinline__ float to_float(__half v) {
+    return __half2float(v);
+}
+template <> __device__ __forceinline__ float to_float(__nv_bfloat16 v) {
+    return __bfloat162float(v);
+}
+
+template <class T> __device__ __forceinline__ T from_float(float v);
+template <> __device__ __forceinline__ float from_float<float>(float v) {
+    return v;
+}
+template <> __device__ __forceinline__ __half from_float<__half>(float v) {
+    return __float2half_rn(v);
+}
+template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
+    return __float2bfloat16_rn(v);
+}
+
+/* round() of the contracts. */
+template <class T> __device__ __forceinline__ float rounded(float v) {
+    return to_float<T>(from_float<T>(v));
+}
+
+__host__ __device__ inline size_t tiles_of(size_t n) {
+    return (n + LLA_TILE - 1) / LLA_TILE;
+}
+
+/* Row of the weight that row r (0 .. 15) of row tile `tile` holds; see nodes.h. */
+__host__ __device__ inline size_t tile_row(size_t tile, size_t r, size_t half) {
+    if (!half) return tile * LLA_TILE + r;
+    const size_t pair = tile * 8 + r % 8;
+    return pair / half * 2 * half + pair % half + (r >= 8 ? half : 0);
+}
+
+/* Position of element (row, col) in a packed weight of `ktiles` column tiles. */
+__host__ __device__ inline size_t packed_index(size_t row, size_t col, size_t ktiles, size_t half) {
+    size_t tile = row / LLA_TILE, r = row % LLA_TILE;
+    if (half) {
+        const size_t in_group = row % (2 * half), pair = row / (2 * half) * half + in_group % half;
+        tile = pair / 8;
+        r = pair % 8 + (in_group >= half ? 8 : 0);
+    }
+    const size_t c = col % LLA_TILE, lane = r % 8 * 4 + c % 8 / 2;
+    return (tile * ktiles + col / LLA_TILE) * 256 + lane * 8 + (c >= 8 ? 4 : 0) + (r >= 8 ? 2 : 0) + c % 2;
+}
+
+/* Launches a kernel of the step, with a programmatic edge from the kernel before where the context says so. */
+template <class... Params, class... Args>
+lla_status launch(const lla_cuda_ctx *ctx, const char *name, void (*kernel)(Params...), dim3 grid, int threads,
+                  size_t smem, Args... args) {
+    if (smem > 48 * 1024) {
+        const cudaError_t e = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem);
+        if (e != cudaSuccess)
+            return lla_fail(LLA_EDEVICE, "%s: %zu bytes of shared memory: %s", name, smem, cudaGetErrorString(e));
+    }
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3((unsigned)threads);
+    config.dynamicSmemBytes = smem;
+    config.stream = (cudaStream_t)ctx->stream;
+    config.attrs = &attribute;
+    config.numAttrs = ctx->pdl ? 1 : 0;
+    const cudaError_t e = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+    if (e != cudaSuccess) return lla_fail(LLA_EDEVICE, "%s: launch failed: %s", name, cudaGetErrorString(e));
+    return LLA_OK;
+}
+
+/* Runs `call` with T bound to the dtype's C++ type. */
+#define LLA_CUDA_BY_DTYPE(dtype, ...)                                                                                  \
+    do {                                                                                                               \
+        if ((dtype) == LLAISYS_DTYPE_BF16) {                                                                           \
+            using T = __nv_bfloat16;                                                                                   \
+            __VA_ARGS__;                                                                                               \
+        } else if ((dtype) == LLAISYS_DTYPE_F16) {                                                                     \
+            using T = __half;                                                                                          \
+            __VA_ARGS__;                                                                                               \
+        } else {                                                                                                       \
+            using T = float;                                                                                           \
+            __VA_ARGS__;                                                                                               \
+        }                                                                                                              \
+    } while (0)
+
+#endif

@@ -1,0 +1,481 @@
+/* step_linear.cu: the step's matrix products: [norm +] x w^T + what follows, on packed weights (nodes.h), for up to 64
+ * rows a block.
+ *
+ * Few rows are bound by the stream of weights. Every warp owns an eighth (a sixteenth where K is long) of K and reads
+ * its part of a row tile straight into registers, DEPTH tiles of 512 bytes at a time, with the next DEPTH on their way
+ * while it multiplies. The first 2 DEPTH are requested before the wait for the kernel before, since weights do not
+ * depend on it. */
+#include "step.cuh"
+
+#include <type_traits>
+
+namespace {
+
+enum Epilogue { QKV, ADD, SWIGLU, STORE };
+
+/* Registers hold 2 DEPTH pieces of 16 bytes a thread: with two blocks on an SM, 48 to 96 KB in flight. */
+enum { DEPTH = 6 };
+
+struct Linear {
+    const lla_step_header *header;
+    size_t max_rows;      /* of the bucket */
+    bool by_logit;        /* rows are the step's logit rows */
+    const int32_t *index; /* by_logit: row of x that a logit row reads */
+    const void *x;        /* [rows, k] */
+    const void *norm;     /* [k], or NULL */
+    const void *w;        /* packed */
+    void *out;            /* STORE: [rows, n]; ADD: [rows, n], added to; SWIGLU: [rows, n / 2] */
+    size_t n, k, half;
+    float eps;
+    /* QKV */
+    const void *bias, *rope;
+    const int32_t *positions, *row_seq, *table;
+    void *q, *k_cache, *v_cache;
+    size_t nhead, nkvhead, head_dim, kv_block, max_blocks;
+};
+
+/* Elements k, k + 1 of a row of activations as the B operand wants them; zero beyond the row's end. */
+template <class T> __device__ __forceinline__ uint32_t load_pair(const T *row, unsigned k, unsigned end) {
+    if (k + 1 < end && (end & 1) == 0) return *reinterpret_cast<const uint32_t *>(row + k);
+    union {
+        T h[2];
+        uint32_t u;
+    } pair;
+    pair.h[0] = k < end ? row[k] : from_float<T>(0.0f);
+    pair.h[1] = k + 1 < end ? row[k + 1] : from_float<T>(0.0f);
+    return pair.u;
+}
+
+/* Weights of one tile that a lane holds: 16 bytes, or 32 for f32. */
+template <class T> struct Weights {
+    uint4 v[sizeof(T) / 2];
+    __device__ __forceinline__ void load(const T *p) {
+#pragma unroll
+        for (int i = 0; i < (int)(sizeof(T) / 2); i++) v[i] = load_stream(reinterpret_cast<const uint4 *>(p) + i);
+    }
+};
+template <> struct Weights<float> {
+    uint4 v[2];
+    __device__ __forceinline__ void load(const float *p) {
+        v[0] = load_stream(p);
+        v[1] = load_stream(p + 4);
+    }
+};
+
+/* acc += weights of the tile times columns k0 .. k0 + 15 of eight rows of x (row `lane / 4` of them is `row`, NULL for
+ * none). */
+template <class T> struct Multiply {
+    static __device__ __forceinline__ void run(float (&acc)[4], const Weights<T> &a, const T *row, unsigned k0,
+                                               unsigned end, unsigned lane, const T *const *) {
+        const unsigned k = k0 + lane % 4 * 2;
+        uint2 b = make_uint2(0, 0);
+        if (row) b = make_uint2(load_pair(row, k, end), load_pair(row, k + 8, end));
+        mma_16816<T>(acc, a.v[0], b);
+    }
+};
+/* f32 has no exact tensor core: the same layout by multiply-adds; the four lanes of a row hand their weights round. */
+template <> struct Multiply<float> {
+    static __device__ __forceinline__ void run(float (&acc)[4], const Weights<float> &a, const float *, unsigned k0,
+                                               unsigned end, unsigned lane, const float *const *pair) {
+        const float *w = reinterpret_cast<const float *>(a.v); /* (g,2t) (g,2t+1) (g+8,2t) (g+8,2t+1) (g,2t+8) ... */
+        for (int t = 0; t < 4; t++)
+            for (int e = 0; e < 8; e += 4)
+                for (int i = 0; i < 2; i++) {
+                    const int from = (int)(lane & ~3u) | t;
+                    const float low = __shfl_sync(~0u, w[e + i], from), high = __shfl_sync(~0u, w[e + 2 + i], from);
+                    const unsigned k = k0 + 2 * t + (e ? 8 : 0) + i;
+                    for (int c = 0; c < 2; c++) {
+                        const float x = pair[c] && k < end ? pair[c][k] : 0.0f;
+                        acc[c] = fmaf(low, x, acc[c]);
+                        acc[2 + c] = fmaf(high, x, acc[2 + c]);
+                    }
+                }
+    }
+};
+
+/* Row r of the step's activations is row source(r) of x. */
+__device__ __forceinline__ size_t source(const Linear &a, size_t r) {
+    return a.by_logit ? (size_t)a.index[r] : r;
+}
+
+/* staged [rows, pitch] = norm of rows first .. first + rows of x; one warp a row, or all warps the same row where there
+ * is one: a row's sum is always one warp's. */
+template <class T, int W>
+__device__ void stage_norm(const Linear &a, size_t first, size_t rows, T *staged, size_t pitch, int warp, int lane) {
+    constexpr int UNIT = 16 / sizeof(T), IN_FLIGHT = 6; /* elements of a 16-byte load, and loads at once */
+    const bool shared_row = rows == 1, wide = a.k % UNIT == 0;
+    const int place = shared_row ? threadIdx.x : lane, places = shared_row ? 32 * W : 32;
+    for (size_t r = shared_row ? 0 : warp; r < rows; r += W) {
+        const T *x = (const T *)a.x + source(a, first + r) * a.k, *norm = (const T *)a.norm;
+        T *to = staged + r * pitch;
+        float sum = 0;
+        if (wide) {
+            for (size_t i = lane; i < a.k / UNIT; i += 32 * IN_FLIGHT) {
+                uint4 v[IN_FLIGHT];
+#pragma unroll
+                for (int j = 0; j < IN_FLIGHT; j++)
+                    if (i + 32 * j < a.k / UNIT) v[j] = reinterpret_cast<const uint4 *>(x)[i + 32 * j];
+#pragma unroll
+                for (int j = 0; j < IN_FLIGHT; j++)
+                    if (i + 32 * j < a.k / UNIT)
+#pragma unroll
+                        for (int e = 0; e < UNIT; e++) {
+                            const float f = to_float<T>(reinterpret_cast<const T *>(&v[j])[e]);
+                            sum = fmaf(f, f, sum);
+                        }
+            }
+        } else {
+            for (size_t i = lane; i < a.k; i += 32) {
+                const float v = to_float<T>(x[i]);
+                sum = fmaf(v, v, sum);
+            }
+        }
+        for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+        const float scale = 1.0f / sqrtf(sum / (float)a.k + a.eps);
+        if (wide) {
+            for (size_t i = place; i < a.k / UNIT; i += places) { /* x comes from the first-level cache now */
+                const uint4 v = reinterpret_cast<const uint4 *>(x)[i], w = reinterpret_cast<const uint4 *>(norm)[i];
+                uint4 y;
+#pragma unroll
+                for (int e = 0; e < UNIT; e++)
+                    reinterpret_cast<T *>(&y)[e] =
+                        from_float<T>(to_float<T>(reinterpret_cast<const T *>(&w)[e]) *
+                                      rounded<T>(to_float<T>(reinterpret_cast<const T *>(&v)[e]) * scale));
+                reinterpret_cast<uint4 *>(to)[i] = y;
+            }
+            for (size_t i = a.k + place; i < pitch; i += places) to[i] = from_float<T>(0.0f);
+        } else {
+            for (size_t i = place; i < pitch; i += places)
+                to[i] = i < a.k ? from_float<T>(to_float<T>(norm[i]) * rounded<T>(to_float<T>(x[i]) * scale))
+                                : from_float<T>(0.0f);
+        }
+    }
+}
+
+/* Where keys and values of a row go: element offset of the position in the cache of KV head 0. */
+struct Slot {
+    size_t at;
+};
+
+__device__ __forceinline__ Slot slot_of(const Linear &a, size_t row) {
+    const size_t position = (size_t)a.positions[row];
+    const size_t block = (size_t)a.table[(size_t)a.row_seq[row] * a.max_blocks + position / a.kv_block];
+    return Slot{(block * a.nkvhead * a.kv_block + position % a.kv_block) * a.head_dim};
+}
+
+/* What an output needs beside its sums: bias, cosine and sine, or what it is added to. Requested before the product,
+ * used after it. */
+struct Operands {
+    float low, high, c, s;
+};
+
+/* AHEAD: only asks for the lines. */
+template <class T, Epilogue E, bool AHEAD>
+__device__ __forceinline__ Operands prepare(const Linear &a, size_t row, size_t tile, size_t g) {
+    Operands p = {};
+    if (E == QKV) {
+        const size_t pair = tile * 8 + g, head = pair / a.half, j = pair % a.half;
+        if (head >= a.nhead + 2 * a.nkvhead) return p;
+        const T *bias = (const T *)a.bias + head * a.head_dim,
+                *rope = (const T *)a.rope + (size_t)a.positions[row] * a.head_dim;
+        if (AHEAD) {
+            prefetch_l1(bias + j);
+            prefetch_l1(bias + j + a.half);
+            prefetch_l1(rope + j);
+            prefetch_l1(rope + j + a.half);
+            return p;
+        }
+        p = Operands{to_float<T>(bias[j]), to_float<T>(bias[j + a.half]), to_float<T>(rope[j]),
+                     to_float<T>(rope[j + a.half])};
+    } else if (E == ADD) {
+        const size_t n = tile * LLA_TILE + g;
+        if (n < a.n) p.low = to_float<T>(((const T *)a.out)[row * a.n + n]);
+        if (n + 8 < a.n) p.high = to_float<T>(((const T *)a.out)[row * a.n + n + 8]);
+    }
+    return p;
+}
+
+/* What becomes of the two sums of a tile's rows g and g + 8 for one row of the step. */
+template <class T, Epilogue E>
+__device__ __forceinline__ void finish(const Linear &a, size_t row, size_t tile, size_t g, float low, float high,
+                                       const Slot &slot, const Operands &p) {
+    if (E == QKV) {
+        const size_t pair = tile * 8 + g, half = a.half, head = pair / half, j = pair % half;
+        if (head >= a.nhead + 2 * a.nkvhead) return;
+        low = rounded<T>(low + p.low);
+        high = rounded<T>(high + p.high);
+        if (head < a.nhead + a.nkvhead) {
+            const float ac = rounded<T>(low * p.c), bs = rounded<T>(high * p.s), bc = rounded<T>(high * p.c),
+                        as = rounded<T>(low * p.s);
+            low = ac - bs;
+            high = bc + as;
+        }
+        T *to;
+        if (head < a.nhead) {
+            to = (T *)a.q + (row * a.nhead + head) * a.head_dim;
+        } else {
+            const bool is_v = head >= a.nhead + a.nkvhead;
+            const size_t kvhead = (head - a.nhead) % a.nkvhead;
+            to = (T *)(is_v ? a.v_cache : a.k_cache) + slot.at + kvhead * a.kv_block * a.head_dim;
+        }
+        to[j] = from_float<T>(low);
+        to[j + half] = from_float<T>(high);
+    } else if (E == SWIGLU) {
+        const size_t j = tile * 8 + g;
+        if (j >= a.half) return;
+        const float gate = rounded<T>(low), up = rounded<T>(high);
+        ((T *)a.out)[row * a.half + j] = from_float<T>(rounded<T>(gate / (1.0f + expf(-gate))) * up);
+    } else {
+        const size_t n = tile * LLA_TILE + g;
+        T *out = (T *)a.out + row * a.n + n;
+        if (n < a.n) out[0] = E == ADD ? from_float<T>(p.low + rounded<T>(low)) : from_float<T>(low);
+        if (n + 8 < a.n) out[8] = E == ADD ? from_float<T>(p.high + rounded<T>(high)) : from_float<T>(high);
+    }
+}
+
+/* staged [rows, pitch] = rows first .. first + rows of x as they are. */
+template <class T, int W>
+__device__ void stage_plain(const Linear &a, size_t first, size_t rows, T *staged, size_t pitch) {
+    constexpr int UNIT = 16 / sizeof(T);
+    if (a.k % UNIT == 0) {
+        const size_t units = a.k / UNIT;
+#pragma unroll 4
+        for (size_t i = threadIdx.x; i < rows * units; i += 32 * W)
+            reinterpret_cast<uint4 *>(staged + i / units * pitch)[i % units] =
+                reinterpret_cast<const uint4 *>((const T *)a.x + source(a, first + i / units) * a.k)[i % units];
+        for (size_t i = threadIdx.x; i < rows * (pitch - a.k); i += 32 * W)
+            staged[i / (pitch - a.k) * pitch + a.k + i % (pitch - a.k)] = from_float<T>(0.0f);
+    } else {
+        for (size_t i = threadIdx.x; i < rows * pitch; i += 32 * W) {
+            const size_t r = i / pitch, c = i % pitch;
+            staged[i] = c < a.k ? ((const T *)a.x)[source(a, first + r) * a.k + c] : from_float<T>(0.0f);
+        }
+    }
+}
+
+/* Up to 8 NT rows a block (blockIdx.y chooses which); row tiles blockIdx.x, + gridDim.x, ... STAGED: the rows of x go
+ * to shared memory first, normed where there is a norm; otherwise they are read where they lie. */
+template <class T, int NT, Epilogue E, bool STAGED, int W>
+__global__ void __launch_bounds__(32 * W, NT <= 2 && W == 8 ? 2 : 1) linear_kernel(const Linear a) {
+    extern __shared__ char smem[];
+    __shared__ Slot slots[E == QKV ? 8 * NT : 1];
+    constexpr int COLS = 8 * NT;
+    float *sums = reinterpret_cast<float *>(smem);                           /* [W][16][COLS] */
+    T *staged = reinterpret_cast<T *>(smem + W * 16 * COLS * sizeof(float)); /* [rows][pitch] */
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const unsigned ktiles = (unsigned)tiles_of(a.k), pitch = ktiles * LLA_TILE + 16 / sizeof(T);
+    const unsigned ntiles = (unsigned)(a.half ? (a.n / 2 + 7) / 8 : tiles_of(a.n));
+    const unsigned k_first = ktiles * warp / W, k_last = ktiles * (warp + 1) / W;
+    const unsigned batches = ((ktiles + W - 1) / W + DEPTH - 1) / DEPTH; /* enough for the longest part */
+
+    /* Two sets of registers take turns: one is multiplied while the other is filled. */
+    Weights<T> even[DEPTH], odd[DEPTH];
+    unsigned tile = blockIdx.x, batch = 0;     /* what is multiplied next */
+    unsigned next_tile = tile, next_batch = 0; /* what is requested next */
+    auto request = [&](Weights<T>(&to)[DEPTH]) {
+#pragma unroll
+        for (int d = 0; d < DEPTH; d++) {
+            const unsigned kt = k_first + next_batch * DEPTH + d;
+            if (next_tile < ntiles && kt < k_last)
+                to[d].load((const T *)a.w + (size_t)((next_tile * ktiles + kt) * 32 + lane) * 8);
+        }
+        if (++next_batch == batches) {
+            next_batch = 0;
+            next_tile += gridDim.x;
+        }
+    };
+    pdl_launch_next();
+    request(even);
+    request(odd);
+    /* step inputs were there before the step's first kernel began */
+    const size_t total = a.by_logit ? (size_t)a.header->nlogit : (size_t)a.header->nrow,
+                 first = blockIdx.y * (size_t)COLS;
+    const size_t rows = first >= total ? 0 : total - first < COLS ? total - first : COLS;
+    if (E == QKV && threadIdx.x < rows) slots[threadIdx.x] = slot_of(a, first + threadIdx.x);
+    if (E == QKV && threadIdx.x / 8 < rows) prepare<T, E, true>(a, first + threadIdx.x / 8, tile, threadIdx.x % 8);
+    if (STAGED && a.norm && threadIdx.x * 128 < a.k * sizeof(T)) prefetch_l1((const char *)a.norm + threadIdx.x * 128);
+    pdl_wait();
+    if (!rows) return;
+    if (STAGED) {
+        if (a.norm)
+            stage_norm<T, W>(a, first, rows, staged, pitch, warp, lane);
+        else
+            stage_plain<T, W>(a, first, rows, staged, pitch);
+        __syncthreads();
+    }
+    /* the row that this lane feeds to each group of eight, and (f32) the two whose sums it holds */
+    const T *row[NT], *pair[NT][2];
+    auto row_at = [&](size_t r) -> const T * {
+        return r >= rows ? nullptr : STAGED ? staged + r * pitch : (const T *)a.x + source(a, first + r) * a.k;
+    };
+#pragma unroll
+    for (int i = 0; i < NT; i++) {
+        row[i] = row_at(8 * i + lane / 4);
+        pair[i][0] = row_at(8 * i + lane % 4 * 2);
+        pair[i][1] = row_at(8 * i + lane % 4 * 2 + 1);
+    }
+    const unsigned end = STAGED ? ktiles * LLA_TILE : (unsigned)a.k;
+
+    float acc[NT][4] = {};
+    Operands operands = {}; /* of this thread's first output */
+    const int my_g = threadIdx.x % 8, my_col = threadIdx.x / 8;
+    auto multiply = [&](const Weights<T>(&w)[DEPTH]) {
+        if (batch == 0 && (size_t)my_col < rows) operands = prepare<T, E, false>(a, first + my_col, tile, my_g);
+#pragma unroll
+        for (int d = 0; d < DEPTH; d++) {
+            const unsigned kt = k_first + batch * DEPTH + d;
+            if (kt < k_last) {
+#pragma unroll
+                for (int i = 0; i < NT; i++) Multiply<T>::run(acc[i], w[d], row[i], kt * LLA_TILE, end, lane, pair[i]);
+            }
+        }
+        if (++batch < batches) return;
+        /* eight parts of K meet: c0, c1 of the fragment are rows g, columns 2t and 2t + 1; c2, c3 rows g + 8 */
+#pragma unroll
+        for (int i = 0; i < NT; i++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                const unsigned r = lane / 4 + (c >= 2 ? 8 : 0), col = 8 * i + lane % 4 * 2 + c % 2;
+                sums[(warp * 16 + r) * COLS + col] = acc[i][c];
+                acc[i][c] = 0;
+            }
+        __syncthreads();
+        for (int o = threadIdx.x; o < 8 * COLS; o += (32 * W)) {
+            const int g = o % 8, col = o / 8;
+            if ((size_t)col >= rows) continue;
+            float low = sums[g * COLS + col], high = sums[(g + 8) * COLS + col];
+            for (int w8 = 1; w8 < W; w8++) {
+                low += sums[(w8 * 16 + g) * COLS + col];
+                high += sums[(w8 * 16 + g + 8) * COLS + col];
+            }
+            finish<T, E>(a, first + col, tile, g, low, high, slots[E == QKV ? col : 0],
+                         o == (int)threadIdx.x ? operands : prepare<T, E, false>(a, first + col, tile, g));
+        }
+        __syncthreads();
+        tile += gridDim.x;
+        batch = 0;
+    };
+    while (tile < ntiles) {
+        multiply(even);
+        request(even);
+        if (tile >= ntiles) break;
+        multiply(odd);
+        request(odd);
+    }
+}
+
+/* Warps of a block: K is cut into as many parts. K and the op decide, nothing else. */
+template <Epilogue E> size_t warps_for(const Linear &a) {
+    return E == ADD && a.k >= 4096 ? 16 : 8;
+}
+
+/* Bytes of shared memory of a block, for the rows that the bucket can have. */
+template <class T, Epilogue E> size_t shared_bytes(const Linear &a, size_t nt, bool staged) {
+    const size_t W = warps_for<E>(a);
+    const size_t pitch = tiles_of(a.k) * LLA_TILE + 16 / sizeof(T), rows = a.max_rows < 8 * nt ? a.max_rows : 8 * nt;
+    return W * 16 * 8 * nt * sizeof(float) + (staged ? rows * pitch * sizeof(T) : 0);
+}
+
+template <class T, int NT, Epilogue E, bool STAGED>
+lla_status launch_linear(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
+    const size_t ntiles = a.half ? (a.n / 2 + 7) / 8 : tiles_of(a.n), smem = shared_bytes<T, E>(a, NT, STAGED);
+    const bool deep = warps_for<E>(a) == 16;
+    const size_t resident = (size_t)ctx->sm_count * (NT <= 2 && !deep && smem <= ctx->max_smem / 2 ? 2 : 1);
+    const dim3 grid((unsigned)(ntiles < resident ? ntiles : resident),
+                    (unsigned)((a.max_rows + 8 * NT - 1) / (8 * NT)));
+    if constexpr (E == ADD)
+        if (deep) return launch(ctx, name, linear_kernel<T, NT, E, STAGED, 16>, grid, 512, smem, a);
+    return launch(ctx, name, linear_kernel<T, NT, E, STAGED, 8>, grid, 256, smem, a);
+}
+
+/* Rows of a block: as many groups of eight as the bucket has and shared memory holds; a projection without a norm can
+ * do without shared memory. Results do not depend on any of it. */
+template <class T, Epilogue E> lla_status dispatch(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
+    auto fits = [&](size_t nt) { return shared_bytes<T, E>(a, nt, true) <= ctx->max_smem; };
+    if constexpr (std::is_same<T, float>::value) { /* for correctness, not speed: one width is enough */
+        if (fits(1)) return launch_linear<T, 1, E, true>(ctx, name, a);
+        if (!a.norm) return launch_linear<T, 1, ADD, false>(ctx, name, a);
+    } else {
+        if (a.max_rows > 16 && fits(8)) return launch_linear<T, 8, E, true>(ctx, name, a);
+        if (a.max_rows > 16 && !a.norm) return launch_linear<T, 8, ADD, false>(ctx, name, a);
+        if (a.max_rows > 8 && fits(2)) return launch_linear<T, 2, E, true>(ctx, name, a);
+        if (fits(1)) return launch_linear<T, 1, E, true>(ctx, name, a);
+        if (!a.norm) return launch_linear<T, 1, ADD, false>(ctx, name, a);
+    }
+    return lla_fail(LLA_ELIMIT, "%s: eight rows of %zu elements do not fit in %zu bytes of shared memory", name, a.k,
+                    ctx->max_smem);
+}
+
+} // namespace
+
+lla_status lla_cuda_qkv(const lla_cuda_ctx *ctx, const lla_qkv_args *args) {
+    const lla_dims &d = ctx->dims;
+    char *m = ctx->arena;
+    Linear a = {};
+    a.header = (const lla_step_header *)(m + ctx->io.header);
+    a.max_rows = ctx->rows;
+    a.x = m + args->x;
+    a.norm = m + args->norm;
+    a.w = m + args->w;
+    a.n = (d.nhead + 2 * d.nkvhead) * d.head_dim;
+    a.k = d.hidden;
+    a.half = d.head_dim / 2;
+    a.eps = d.eps;
+    a.bias = m + args->bias;
+    a.rope = m + args->rope;
+    a.positions = (const int32_t *)(m + ctx->io.positions);
+    a.row_seq = (const int32_t *)(m + ctx->io.row_seq);
+    a.table = (const int32_t *)(m + ctx->io.block_table);
+    a.q = m + args->q;
+    a.k_cache = m + args->k_cache;
+    a.v_cache = m + args->v_cache;
+    a.nhead = d.nhead;
+    a.nkvhead = d.nkvhead;
+    a.head_dim = d.head_dim;
+    a.kv_block = d.kv_block;
+    a.max_blocks = d.max_blocks;
+    LLA_CUDA_BY_DTYPE(d.dtype, return (dispatch<T, QKV>(ctx, "qkv", a)));
+}
+
+lla_status lla_cuda_linear_add(const lla_cuda_ctx *ctx, const lla_linear_add_args *args) {
+    Linear a = {};
+    a.header = (const lla_step_header *)(ctx->arena + ctx->io.header);
+    a.max_rows = ctx->rows;
+    a.x = ctx->arena + args->in;
+    a.w = ctx->arena + args->w;
+    a.out = ctx->arena + args->x;
+    a.n = ctx->dims.hidden;
+    a.k = args->k;
+    LLA_CUDA_BY_DTYPE(ctx->dims.dtype, return (dispatch<T, ADD>(ctx, "linear_add", a)));
+}
+
+lla_status lla_cuda_gate_up(const lla_cuda_ctx *ctx, const lla_gate_up_args *args) {
+    Linear a = {};
+    a.header = (const lla_step_header *)(ctx->arena + ctx->io.header);
+    a.max_rows = ctx->rows;
+    a.x = ctx->arena + args->x;
+    a.norm = ctx->arena + args->norm;
+    a.w = ctx->arena + args->w;
+    a.out = ctx->arena + args->act;
+    a.n = 2 * ctx->dims.ffn;
+    a.k = ctx->dims.hidden;
+    a.half = ctx->dims.ffn;
+    a.eps = ctx->dims.eps;
+    LLA_CUDA_BY_DTYPE(ctx->dims.dtype, return (dispatch<T, SWIGLU>(ctx, "gate_up", a)));
+}
+
+lla_status lla_cuda_head(const lla_cuda_ctx *ctx, const lla_head_args *args) {
+    Linear a = {};
+    a.header = (const lla_step_header *)(ctx->arena + ctx->io.header);
+    a.max_rows = ctx->logits;
+    a.by_logit = true;
+    a.index = (const int32_t *)(ctx->arena + ctx->io.logit_rows);
+    a.x = ctx->arena + args->x;
+    a.norm = ctx->arena + args->norm;
+    a.w = ctx->arena + args->w;
+    a.out = ctx->arena + args->logits;
+    a.n = ctx->dims.vocab;
+    a.k = ctx->dims.hidden;
+    a.eps = ctx->dims.eps;
+    LLA_CUDA_BY_DTYPE(ctx->dims.dtype, return (dispatch<T, STORE>(ctx, "head", a)));
+}

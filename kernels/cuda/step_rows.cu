@@ -1,0 +1,141 @@
+/* step_rows.cu: embedding, greedy choice, and the packing of weights. */
+#include "step.cuh"
+
+namespace {
+
+template <class T>
+__global__ void __launch_bounds__(THREADS)
+    embed_kernel(const lla_step_header *header, const int32_t *tokens, const T *weight, size_t hidden, T *x) {
+    pdl_launch_next();
+    pdl_wait();
+    const size_t row = blockIdx.x, ktiles = tiles_of(hidden);
+    if (row >= (size_t)header->nrow) return;
+    const size_t token = (size_t)tokens[row];
+    for (size_t i = threadIdx.x; i < hidden; i += THREADS)
+        x[row * hidden + i] = weight[packed_index(token, i, ktiles, 0)];
+}
+
+/* Whether (v, i) comes before (w, j): larger first, the first of equals, NaN before all. */
+__device__ __forceinline__ bool better(float v, int32_t i, float w, int32_t j) {
+    const bool vn = isnan(v), wn = isnan(w);
+    if (vn != wn) return vn;
+    if (!vn && v != w) return v > w;
+    return i < j;
+}
+
+/* The best of the block's threads, on thread 0. */
+__device__ void best_of_block(float &best, int32_t &where) {
+    __shared__ float values[WARPS];
+    __shared__ int32_t indices[WARPS];
+    for (int o = 16; o; o /= 2) {
+        const float v = __shfl_xor_sync(~0u, best, o);
+        const int32_t i = __shfl_xor_sync(~0u, where, o);
+        if (better(v, i, best, where)) best = v, where = i;
+    }
+    if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = best, indices[threadIdx.x / 32] = where;
+    __syncthreads();
+    if (threadIdx.x == 0)
+        for (int w = 1; w < WARPS; w++)
+            if (better(values[w], indices[w], best, where)) best = values[w], where = indices[w];
+}
+
+constexpr unsigned SLICES = 32; /* blocks that share a row of logits */
+
+/* The largest logit of each row: every block takes a slice of the row, the last to arrive the best of the slices'
+ * bests. `candidates` has room for SLICES entries a row, row_stride apart. */
+template <class T>
+__global__ void __launch_bounds__(THREADS)
+    sample_kernel(const lla_step_header *header, const T *logits, size_t n, lla_candidate *candidates,
+                  size_t row_stride, int32_t *arrived, int32_t *next) {
+    __shared__ bool is_last;
+    pdl_launch_next();
+    pdl_wait();
+    const size_t row = blockIdx.y;
+    if (row >= (size_t)header->nlogit) return;
+    constexpr int UNIT = 16 / sizeof(T);
+    const T *values = logits + row * n;
+    float best = -INFINITY;
+    int32_t where = 0x7fffffff;
+    const bool wide = n % UNIT == 0;
+    const size_t step = (size_t)SLICES * THREADS, place = blockIdx.x * (size_t)THREADS + threadIdx.x;
+    if (wide) {
+#pragma unroll 4
+        for (size_t i = place; i < n / UNIT; i += step) {
+            const uint4 raw = reinterpret_cast<const uint4 *>(values)[i];
+#pragma unroll
+            for (int e = 0; e < UNIT; e++) {
+                const float v = to_float<T>(reinterpret_cast<const T *>(&raw)[e]);
+                if (better(v, (int32_t)(i * UNIT + e), best, where)) best = v, where = (int32_t)(i * UNIT + e);
+            }
+        }
+    } else {
+        for (size_t i = place; i < n; i += step) {
+            const float v = to_float<T>(values[i]);
+            if (better(v, (int32_t)i, best, where)) best = v, where = (int32_t)i;
+        }
+    }
+    best_of_block(best, where);
+    lla_candidate *slices = candidates + row * row_stride;
+    if (threadIdx.x == 0) {
+        slices[blockIdx.x] = lla_candidate{best, where};
+        __threadfence();
+        is_last = atomicAdd(&arrived[row], 1) == (int32_t)SLICES - 1;
+        if (is_last) arrived[row] = 0;
+        __threadfence();
+    }
+    __syncthreads();
+    if (!is_last || threadIdx.x >= 32) return;
+    static_assert(SLICES == 32, "one warp takes one slice a lane");
+    best = __ldcg(&slices[threadIdx.x].value);
+    where = __ldcg(&slices[threadIdx.x].token);
+    for (int o = 16; o; o /= 2) {
+        const float v = __shfl_xor_sync(~0u, best, o);
+        const int32_t i = __shfl_xor_sync(~0u, where, o);
+        if (better(v, i, best, where)) best = v, where = i;
+    }
+    if (threadIdx.x == 0) next[row] = where;
+}
+
+template <class T>
+__global__ void pack_kernel(const T *src, size_t rows, size_t cols, size_t dst_row, size_t half, T *packed) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= rows * cols) return;
+    packed[packed_index(dst_row + i / cols, i % cols, tiles_of(cols), half)] = src[i];
+}
+
+} // namespace
+
+lla_status lla_cuda_embed(const lla_cuda_ctx *ctx, const lla_embed_args *args) {
+    char *arena = ctx->arena;
+    LLA_CUDA_BY_DTYPE(ctx->dims.dtype,
+                      return launch(ctx, "embed", embed_kernel<T>, dim3((unsigned)ctx->rows), THREADS, 0,
+                                    (const lla_step_header *)(arena + ctx->io.header),
+                                    (const int32_t *)(arena + ctx->io.tokens), (const T *)(arena + args->weight),
+                                    ctx->dims.hidden, (T *)(arena + args->x)));
+}
+
+lla_status lla_cuda_sample(const lla_cuda_ctx *ctx, const lla_sample_args *args) {
+    char *arena = ctx->arena;
+    LLA_CUDA_BY_DTYPE(ctx->dims.dtype,
+                      return launch(ctx, "sample", sample_kernel<T>, dim3(SLICES, (unsigned)ctx->logits), THREADS, 0,
+                                    (const lla_step_header *)(arena + ctx->io.header),
+                                    (const T *)(arena + args->logits), ctx->dims.vocab,
+                                    (lla_candidate *)(arena + args->candidates),
+                                    ctx->dims.vocab > SLICES ? ctx->dims.vocab : (size_t)SLICES,
+                                    (int32_t *)(arena + ctx->io.arrived), (int32_t *)(arena + ctx->io.next)));
+}
+
+size_t lla_cuda_packed_bytes(llaisysDataType_t dtype, size_t rows, size_t cols) {
+    return tiles_of(rows) * tiles_of(cols) * LLA_TILE * LLA_TILE * lla_dtype_size(dtype);
+}
+
+lla_status lla_cuda_pack(llaisysDataType_t dtype, const void *src, size_t rows, size_t cols, size_t dst_row,
+                         size_t half, void *packed, void *stream) {
+    if (!rows || !cols) return LLA_OK;
+    const unsigned blocks = (unsigned)((rows * cols + 255) / 256);
+    LLA_CUDA_BY_DTYPE(dtype, pack_kernel<T><<<blocks, 256, 0, (cudaStream_t)stream>>>((const T *)src, rows, cols,
+                                                                                      dst_row, half, (T *)packed));
+    const cudaError_t e = cudaGetLastError();
+    if (e != cudaSuccess) return lla_fail(LLA_EDEVICE, "pack: launch failed: %s", cudaGetErrorString(e));
+    return LLA_OK;
+}
