@@ -81,11 +81,10 @@ static lla_status borrow(struct LlaisysQwen2Model *m, enum lla_weight_kind kind,
     const struct lla_plan *plan = &m->runner.graph.plan;
     const struct lla_weight *w = lla_plan_weight(plan, kind, layer);
     const size_t shape[2] = {rows, w->cols};
-    char *data =
-        m->runner.arena ? m->runner.arena + w->offset + row * w->cols * lla_dtype_size(plan->spec.dtype) : NULL;
+    char *data = m->runner.base + w->offset + row * w->cols * lla_dtype_size(plan->spec.dtype);
     *out = lla_tensor_borrow(data, shape, w->cols == 1 ? 1 : 2, NULL, plan->spec.dtype, plan->limits.device, 0);
     if (!*out) return LLA_ENOMEM;
-    if (!data) { /* on a GPU weights are packed: they can be loaded, but not read or written through the handle */
+    if (!m->runner.arena) { /* on a GPU matrices are packed: they can be loaded through the handle, not read */
         (*out)->load = store_weight;
         (*out)->owner = m;
         (*out)->weight = w;

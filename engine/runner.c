@@ -37,7 +37,7 @@ static lla_status create_cpu(struct lla_runner *r) {
     LLA_TRY(lla_plan_fit(&r->graph.plan, lla_memory_available()));
     LLA_TRY(lla_arena_alloc(r->graph.plan.total, &r->arena));
     lla_graph_init_arena(&r->graph, r->arena);
-    r->inputs = r->arena;
+    r->inputs = r->base = r->arena;
     return LLA_OK;
 }
 
@@ -48,6 +48,7 @@ static lla_status create_cuda(struct lla_runner *r, int device_id) {
     LLA_TRY(lla_plan_fit(&r->graph.plan, available));
     LLA_TRY(lla_exec_cuda_create(&r->graph, device_id, &r->cuda));
     r->inputs = lla_exec_cuda_inputs(r->cuda);
+    r->base = lla_exec_cuda_arena(r->cuda);
     const size_t vocab = r->graph.dims.vocab;
     r->candidates = malloc(vocab * sizeof *r->candidates);
     r->logits_row = malloc(vocab * lla_dtype_size(r->graph.dims.dtype));

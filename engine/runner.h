@@ -12,6 +12,7 @@ enum { LLA_MAX_BUCKETS = 24 };
 
 struct lla_runner {
     struct lla_graph graph;
+    char *base;                       /* the arena, wherever it lies */
     char *arena;                      /* host memory; NULL where the arena lies on a GPU */
     struct lla_exec_cuda *cuda;       /* the GPU's executor; NULL on the CPU */
     char *inputs;                     /* where the host writes the step region: offsets of the arena apply */

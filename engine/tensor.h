@@ -31,7 +31,7 @@ struct LlaisysTensor {
     size_t ndim;
     size_t shape[LLA_MAX_NDIM];
     ptrdiff_t strides[LLA_MAX_NDIM]; /* in elements, never negative */
-    /* A borrowed handle whose memory holds its elements in another form has its own way to load: data is then NULL. */
+    /* A borrowed handle whose memory holds its elements in another form has its own way to load. */
     lla_status (*load)(struct LlaisysTensor *tensor, const void *host);
     void *owner;
     const void *weight; /* which weight of the owner, and its first row */

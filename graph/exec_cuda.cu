@@ -208,6 +208,10 @@ lla_status lla_exec_cuda_capture(lla_exec_cuda *exec, const lla_program *program
     return LLA_OK;
 }
 
+char *lla_exec_cuda_arena(lla_exec_cuda *exec) {
+    return exec->ctx.arena;
+}
+
 char *lla_exec_cuda_inputs(lla_exec_cuda *exec) {
     return exec->mirror - exec->inputs;
 }

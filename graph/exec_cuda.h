@@ -29,6 +29,9 @@ lla_status lla_exec_cuda_store(struct lla_exec_cuda *exec, const struct lla_weig
 /* Captures one graph a program; programs[i] is then run by lla_exec_cuda_run(exec, i). */
 lla_status lla_exec_cuda_capture(struct lla_exec_cuda *exec, const struct lla_program *programs, size_t count);
 
+/* The arena's address on the device. */
+char *lla_exec_cuda_arena(struct lla_exec_cuda *exec);
+
 /* Address to which offsets of the step region can be added: the host's mirror. What lla_exec_cuda_run brings back lies
  * there, too. */
 char *lla_exec_cuda_inputs(struct lla_exec_cuda *exec);

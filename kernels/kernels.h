@@ -22,7 +22,7 @@ extern "C" {
  * order. */
 enum { LLA_ATTN_SPLIT = 256 };
 /* The same on a GPU, where a split is a block's work. */
-enum { LLA_CUDA_SPLIT = 128 };
+enum { LLA_CUDA_SPLIT = 64 };
 
 /* Dimensions of one rank's program. */
 struct lla_dims {

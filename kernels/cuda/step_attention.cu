@@ -85,18 +85,21 @@ __device__ void stage(const Attention &a, const Shared<T> &s, const int32_t *tab
     }
 }
 
-/* weight [token][head] = scale q . k; two threads a token, half of the heads each. */
+constexpr int PER = HEADS * SPLIT / THREADS; /* heads of a thread in score() */
+static_assert(PER >= 1 && PER * THREADS == HEADS * SPLIT, "every thread scores the same number of heads");
+
+/* weight [token][head] = scale q . k; THREADS / SPLIT threads a token, PER heads each. */
 template <class T> __device__ void score(const Attention &a, const Shared<T> &s, size_t count) {
-    const size_t token = threadIdx.x % SPLIT, h0 = threadIdx.x / SPLIT * (HEADS / 2);
+    const size_t token = threadIdx.x % SPLIT, h0 = threadIdx.x / SPLIT * PER;
     if (token >= count) return;
-    float sum[HEADS / 2] = {};
+    float sum[PER] = {};
     const T *k = s.k + token * s.pitch;
     if (a.dim % 8 == 0 && sizeof(T) == 2) {
         for (size_t d = 0; d < a.dim; d += 8) {
             const uint4 raw = *reinterpret_cast<const uint4 *>(k + d);
             const T *e = reinterpret_cast<const T *>(&raw);
 #pragma unroll
-            for (int h = 0; h < HEADS / 2; h++) {
+            for (int h = 0; h < PER; h++) {
                 const float4 lo = *reinterpret_cast<const float4 *>(s.q + (h0 + h) * a.dim + d);
                 const float4 hi = *reinterpret_cast<const float4 *>(s.q + (h0 + h) * a.dim + d + 4);
                 sum[h] = fmaf(to_float<T>(e[0]), lo.x, sum[h]);
@@ -111,9 +114,9 @@ template <class T> __device__ void score(const Attention &a, const Shared<T> &s,
         }
     } else {
         for (size_t d = 0; d < a.dim; d++)
-            for (int h = 0; h < HEADS / 2; h++) sum[h] = fmaf(to_float<T>(k[d]), s.q[(h0 + h) * a.dim + d], sum[h]);
+            for (int h = 0; h < PER; h++) sum[h] = fmaf(to_float<T>(k[d]), s.q[(h0 + h) * a.dim + d], sum[h]);
     }
-    for (int h = 0; h < HEADS / 2; h++) s.weight[token * HEADS + h0 + h] = a.scale * sum[h];
+    for (int h = 0; h < PER; h++) s.weight[token * HEADS + h0 + h] = a.scale * sum[h];
 }
 
 /* One warp a head: scores become weights. */

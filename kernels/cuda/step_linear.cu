@@ -53,28 +53,26 @@ template <class T> struct Weights {
 #pragma unroll
         for (int i = 0; i < (int)(sizeof(T) / 2); i++) v[i] = load_stream(reinterpret_cast<const uint4 *>(p) + i);
     }
-};
-template <> struct Weights<float> {
-    uint4 v[2];
-    __device__ __forceinline__ void load(const float *p) {
-        v[0] = load_stream(p);
-        v[1] = load_stream(p + 4);
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < (int)(sizeof(T) / 2); i++) v[i] = make_uint4(0, 0, 0, 0);
     }
 };
 
-/* acc += weights of the tile times columns k0 .. k0 + 15 of eight rows of x (row `lane / 4` of them is `row`, NULL for
- * none). */
-template <class T> struct Multiply {
+/* acc += weights of the tile times columns k0 .. k0 + 15 of eight rows of x (row `lane / 4` of them is `row`). PADDED:
+ * rows go on with zeros to a whole tile. */
+template <class T, bool PADDED> struct Multiply {
     static __device__ __forceinline__ void run(float (&acc)[4], const Weights<T> &a, const T *row, unsigned k0,
                                                unsigned end, unsigned lane, const T *const *) {
         const unsigned k = k0 + lane % 4 * 2;
-        uint2 b = make_uint2(0, 0);
-        if (row) b = make_uint2(load_pair(row, k, end), load_pair(row, k + 8, end));
+        const uint2 b = PADDED ? make_uint2(*reinterpret_cast<const uint32_t *>(row + k),
+                                            *reinterpret_cast<const uint32_t *>(row + k + 8))
+                               : make_uint2(load_pair(row, k, end), load_pair(row, k + 8, end));
         mma_16816<T>(acc, a.v[0], b);
     }
 };
 /* f32 has no exact tensor core: the same layout by multiply-adds; the four lanes of a row hand their weights round. */
-template <> struct Multiply<float> {
+template <bool PADDED> struct Multiply<float, PADDED> {
     static __device__ __forceinline__ void run(float (&acc)[4], const Weights<float> &a, const float *, unsigned k0,
                                                unsigned end, unsigned lane, const float *const *pair) {
         const float *w = reinterpret_cast<const float *>(a.v); /* (g,2t) (g,2t+1) (g+8,2t) (g+8,2t+1) (g,2t+8) ... */
@@ -85,7 +83,7 @@ template <> struct Multiply<float> {
                     const float low = __shfl_sync(~0u, w[e + i], from), high = __shfl_sync(~0u, w[e + 2 + i], from);
                     const unsigned k = k0 + 2 * t + (e ? 8 : 0) + i;
                     for (int c = 0; c < 2; c++) {
-                        const float x = pair[c] && k < end ? pair[c][k] : 0.0f;
+                        const float x = PADDED || k < end ? pair[c][k] : 0.0f;
                         acc[c] = fmaf(low, x, acc[c]);
                         acc[2 + c] = fmaf(high, x, acc[2 + c]);
                     }
@@ -278,6 +276,8 @@ __global__ void __launch_bounds__(32 * W, NT <= 2 && W == 8 ? 2 : 1) linear_kern
             const unsigned kt = k_first + next_batch * DEPTH + d;
             if (next_tile < ntiles && kt < k_last)
                 to[d].load((const T *)a.w + (size_t)((next_tile * ktiles + kt) * 32 + lane) * 8);
+            else
+                to[d].clear();
         }
         if (++next_batch == batches) {
             next_batch = 0;
@@ -303,10 +303,12 @@ __global__ void __launch_bounds__(32 * W, NT <= 2 && W == 8 ? 2 : 1) linear_kern
             stage_plain<T, W>(a, first, rows, staged, pitch);
         __syncthreads();
     }
-    /* the row that this lane feeds to each group of eight, and (f32) the two whose sums it holds */
+    /* the row that this lane feeds to each group of eight, and (f32) the two whose sums it holds; columns beyond the
+     * last row repeat it, and nobody looks at them */
     const T *row[NT], *pair[NT][2];
     auto row_at = [&](size_t r) -> const T * {
-        return r >= rows ? nullptr : STAGED ? staged + r * pitch : (const T *)a.x + source(a, first + r) * a.k;
+        r = r < rows ? r : rows - 1;
+        return STAGED ? staged + r * pitch : (const T *)a.x + source(a, first + r) * a.k;
     };
 #pragma unroll
     for (int i = 0; i < NT; i++) {
@@ -323,11 +325,11 @@ __global__ void __launch_bounds__(32 * W, NT <= 2 && W == 8 ? 2 : 1) linear_kern
         if (batch == 0 && (size_t)my_col < rows) operands = prepare<T, E, false>(a, first + my_col, tile, my_g);
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) {
-            const unsigned kt = k_first + batch * DEPTH + d;
-            if (kt < k_last) {
+            /* beyond the warp's part the weights are zeros, and any columns do */
+            const unsigned kt = min(k_first + batch * DEPTH + d, ktiles - 1);
 #pragma unroll
-                for (int i = 0; i < NT; i++) Multiply<T>::run(acc[i], w[d], row[i], kt * LLA_TILE, end, lane, pair[i]);
-            }
+            for (int i = 0; i < NT; i++)
+                Multiply<T, STAGED>::run(acc[i], w[d], row[i], kt * LLA_TILE, end, lane, pair[i]);
         }
         if (++batch < batches) return;
         /* eight parts of K meet: c0, c1 of the fragment are rows g, columns 2t and 2t + 1; c2, c3 rows g + 8 */
