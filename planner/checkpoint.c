@@ -2,7 +2,7 @@
 #include "json.h"
 #include "safetensors.h"
 
-#include <cjson/cJSON.h>
+#include <cJSON.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>

@@ -2,7 +2,7 @@
 
 #include "../base/utf8.h"
 
-#include <cjson/cJSON.h>
+#include <cJSON.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <math.h>

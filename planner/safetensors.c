@@ -2,7 +2,7 @@
 
 #include "json.h"
 
-#include <cjson/cJSON.h>
+#include <cJSON.h>
 #include <stdio.h>
 #include <stdlib.h>
 

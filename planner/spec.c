@@ -3,7 +3,7 @@
 
 #include "json.h"
 
-#include <cjson/cJSON.h>
+#include <cJSON.h>
 #include <math.h>
 #include <stdlib.h>
 

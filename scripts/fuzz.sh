@@ -11,7 +11,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 for target in safetensors config; do
     clang -std=gnu17 -O1 -g -D_GNU_SOURCE -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all \
-        base/status.c planner/*.c "test/fuzz/fuzz_$target.c" -lcjson -lm -o "$work/$target"
+        base/status.c planner/*.c "test/fuzz/fuzz_$target.c" $(pkg-config --cflags --libs libcjson) -lm -o "$work/$target"
     mkdir "$work/new-$target"
     echo "fuzz: $target for ${seconds}s"
     "$work/$target" -max_total_time="$seconds" -max_len=4096 -dict="test/fuzz/$target.dict" -verbosity=0 -print_final_stats=1 \

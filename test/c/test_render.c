@@ -3,7 +3,7 @@
 #include "../../planner/plan.h"
 #include "harness.h"
 
-#include <cjson/cJSON.h>
+#include <cJSON.h>
 #include <locale.h>
 #include <stdlib.h>
 

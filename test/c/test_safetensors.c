@@ -3,7 +3,7 @@
 #include "../../planner/safetensors.h"
 #include "harness.h"
 
-#include <cjson/cJSON.h>
+#include <cJSON.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/stat.h>
