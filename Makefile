@@ -18,7 +18,8 @@ setup-dev:
 lib: setup
 	@[ -e build/build.ninja ] || meson setup build
 	ninja -C build
-	@cmp -s build/libllaisys.so $(LIB) || { cp build/libllaisys.so $(LIB).new && mv $(LIB).new $(LIB); }
+	@for f in libllaisys.so llaisys-bench; do to=$(dir $(LIB))$$f; \
+	    cmp -s build/$$f $$to || { cp build/$$f $$to.new && mv $$to.new $$to; }; done
 
 demo: lib
 	$(PYTHON) scripts/demo.py --model $(MODEL)

@@ -83,7 +83,10 @@ static double read_once(const char *bytes, size_t nbytes, struct lla_crew *crew)
     return now() - start;
 }
 
-enum { PEAK_ITERATIONS = 4000000 };
+enum {
+    PEAK_ITERATIONS = 4000000,
+    PEAK_TRIES = 40
+}; /* half a second: time enough for threads to find cores of their own */
 
 static void compute_share(void *arg, size_t rank) {
     (void)rank;
@@ -95,7 +98,7 @@ static void compute_share(void *arg, size_t rank) {
 static double peak_flops(llaisysDataType_t dtype, struct lla_crew *crew) {
     const double done = (double)lla_crew_size(crew) * lla_isa()->peak(dtype, PEAK_ITERATIONS);
     double best = 0;
-    for (int t = 0; t < 5; t++) {
+    for (int t = 0; t < PEAK_TRIES; t++) {
         const double start = now();
         lla_crew_run(crew, compute_share, &dtype);
         const double rate = 2 * done / (now() - start);

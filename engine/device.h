@@ -1,33 +1,11 @@
-/* device.h: what the engine needs of a device type, as one table; the CPU's, and the one that a CUDA build plugs in.
+/* device.h: finding a device type's table, and working on a device.
  *
- * Functions that return a status set the thread's message when they fail. The current device belongs to the thread that
- * calls; malloc, streams, sync and copies act on it. Code of the engine that works on a device for its caller brackets
+ * Code of the engine that works on a device for its caller brackets
  * the work with lla_device_enter() and lla_device_leave(), so that the caller's current device stays what it was. */
-#ifndef LLA_DEVICE_H
-#define LLA_DEVICE_H
+#ifndef LLA_ENGINE_DEVICE_H
+#define LLA_ENGINE_DEVICE_H
 
-#include "../base/status.h"
-#include "../include/llaisys/runtime.h"
-#include "../kernels/ops.h"
-
-struct lla_device {
-    const char *name;          /* "cpu", "nvidia" */
-    int (*count)(void);        /* devices that can be used; 0, without a message, where there are none */
-    int (*current)(void);      /* the thread's current device; 0 where there are none */
-    lla_status (*set)(int id); /* id has been checked against count, unless count is 0: then it says why */
-    lla_status (*sync)(void);  /* waits for all streams of the current device */
-    lla_status (*stream_create)(llaisysStream_t *stream);
-    lla_status (*stream_destroy)(llaisysStream_t stream);
-    lla_status (*stream_sync)(llaisysStream_t stream);
-    lla_status (*malloc)(size_t nbytes, void **ptr); /* zero bytes: a pointer of its own, as for others */
-    lla_status (*free)(void *ptr);                   /* NULL is allowed */
-    lla_status (*malloc_host)(size_t nbytes, void **ptr);
-    lla_status (*free_host)(void *ptr);
-    /* Pointers are not NULL unless nbytes is 0, and kind is one of the four. copy returns when the bytes are there. */
-    lla_status (*copy)(void *dst, const void *src, size_t nbytes, llaisysMemcpyKind_t kind);
-    lla_status (*copy_async)(void *dst, const void *src, size_t nbytes, llaisysMemcpyKind_t kind,
-                             llaisysStream_t stream);
-};
+#include "../kernels/device.h"
 
 /* The table of a device type; never NULL: for an unknown type, one that has no devices and whose calls fail. */
 const struct lla_device *lla_device_get(llaisysDeviceType_t type);
@@ -47,12 +25,5 @@ struct lla_device_scope {
 lla_status lla_device_enter(struct lla_device_scope *scope, llaisysDeviceType_t type, int id);
 /* Keeps the thread's message: it tells of the work inside the scope. */
 void lla_device_leave(const struct lla_device_scope *scope);
-
-#ifdef LLA_CUDA
-/* Given by the CUDA part of the build. Both are there without a driver too: count then is 0, and set says what is
- * missing. */
-const struct lla_device *lla_cuda_device(void);
-const struct lla_op_table *lla_cuda_ops(void);
-#endif
 
 #endif

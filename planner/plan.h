@@ -90,8 +90,8 @@ struct lla_plan {
     size_t max_rows;            /* rows of the largest step */
     struct lla_weight *weights; /* embed, layers in order, norm, head */
     size_t nweight;
-    struct lla_region
-        *regions; /* in order of offset: weights (one region a kind and layer), tables, KV, step, activations */
+    struct lla_region *regions; /* weights (one region a kind and layer), then the graph's buffers; activations
+                                                 last, in the graph's order: their offsets follow lifetimes */
     size_t nregion;
     size_t nnode;                  /* nodes of the largest step program, the repeated ones once */
     const char *const *node_names; /* [nnode], borrowed; NULL where nodes have no names */

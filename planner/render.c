@@ -234,9 +234,9 @@ static void text_head(const struct lla_plan *plan, FILE *out) {
     char kv[32];
     fprintf(out, "model    %zu layers, hidden %zu, %zu query and %zu KV heads of %zu, FFN %zu, vocabulary %zu, %s\n",
             s->nlayer, s->hidden, s->nhead, s->nkvhead, s->head_dim, s->ffn, s->vocab, lla_dtype_name(s->dtype));
-    fprintf(out, "limits   %zu tokens a sequence, %zu sequences, %s KV tokens in blocks of %zu, %zu rows a step\n",
-            plan->limits.max_seq, plan->limits.max_seqs, lla_render_count(kv, plan->limits.kv_tokens),
-            plan->limits.kv_block, plan->max_rows);
+    fprintf(out, "limits   %zu tokens a sequence, %zu sequence%s, %s KV tokens in blocks of %zu, %zu rows a step\n",
+            plan->limits.max_seq, plan->limits.max_seqs, plan->limits.max_seqs == 1 ? "" : "s",
+            lla_render_count(kv, plan->limits.kv_tokens), plan->limits.kv_block, plan->max_rows);
     fprintf(out, "rank     %zu of %zu", plan->shard.rank, plan->shard.degree);
     if (plan->shard.degree > 1)
         fprintf(out, ": %zu query heads, KV heads %zu to %zu, FFN %zu, vocabulary rows %zu to %zu", plan->nhead,

@@ -137,7 +137,7 @@ static enum part part_of(const struct lla_weight *w) { /* in order of lla_weight
 
 /* The pieces of the arena in order of offset; activations, which share bytes, are one. */
 static size_t make_pieces(const struct lla_plan *plan, struct piece *pieces) {
-    size_t n = 0, at = 0, odd[PARTS] = {0};
+    size_t n = 0, at = 0, activation = 0, odd[PARTS] = {0};
     static const enum part parts[] = {PART_NORM, PART_TABLE, PART_KV, PART_STEP, PART_ACTIVATION};
     for (size_t i = 0; i < plan->nregion; i++) {
         const struct lla_region *r = &plan->regions[i];
@@ -145,7 +145,11 @@ static size_t make_pieces(const struct lla_plan *plan, struct piece *pieces) {
         if (r->kind == LLA_R_ACTIVATION) {
             p.nbytes = plan->activation_bytes;
             p.name = part_look[PART_ACTIVATION].name, p.shape = "overlaid, see below";
-            if (odd[PART_ACTIVATION]++) continue;
+            if (odd[PART_ACTIVATION]++) { /* the first of them in the list need not be the lowest */
+                if (r->offset < pieces[activation].offset) pieces[activation].offset = r->offset;
+                continue;
+            }
+            activation = n;
         } else if (r->kind == LLA_R_WEIGHT) {
             const struct lla_weight *w = weight_at(plan, r->offset, &at);
             p.part = part_of(w);
@@ -454,8 +458,8 @@ static void header(FILE *out, const struct lla_plan *plan) {
              lla_dtype_name(s->dtype), s->nhead, s->nkvhead, s->head_dim, s->ffn, lla_render_count(count, s->vocab));
     lla_svg_label(out, SVG_LEFT, 90, 14, SVG_START, SVG_FAINT, false, text);
     lla_svg_label(out, SVG_RIGHT, 90, 14, SVG_END, SVG_FAINT, false, "in one arena");
-    n = (size_t)snprintf(text, sizeof text, "%zu sequences of up to %zu tokens", plan->limits.max_seqs,
-                         plan->limits.max_seq);
+    n = (size_t)snprintf(text, sizeof text, "%zu sequence%s of up to %zu tokens", plan->limits.max_seqs,
+                         plan->limits.max_seqs == 1 ? "" : "s", plan->limits.max_seq);
     n += (size_t)snprintf(text + n, sizeof text - n, " · %s KV tokens in blocks of %zu · %zu rows a step",
                           lla_render_count(count, plan->limits.kv_tokens), plan->limits.kv_block, plan->max_rows);
     lla_svg_label(out, SVG_LEFT, 112, 14, SVG_START, SVG_FAINT, false, text);

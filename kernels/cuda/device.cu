@@ -4,7 +4,7 @@
  * devices, and every other function says why. An error never outlives the call that reports it: it is taken back from
  * the runtime, so that the next call starts clean (a kernel that broke the context keeps failing, with a message). */
 extern "C" {
-#include "../../engine/device.h"
+#include "../device.h"
 }
 #include "common.cuh"
 
