@@ -6,6 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 level=${1:-run}
+PATH=${PATH//"$PWD/.venv/bin:"/} # the Makefile puts it first; here "python3" means the system's
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 
@@ -27,17 +28,18 @@ if [ ${#missing[@]} -gt 0 ]; then
     sudo=
     [ "$(id -u)" = 0 ] || sudo='sudo -n'
     if command -v apt-get >/dev/null && { [ -z "$sudo" ] || sudo -n true 2>/dev/null; }; then
-        $sudo apt-get update -qq || true
-        # libclang-rt-dev has no unversioned package on older releases: take the one of the installed clang
+        $sudo apt-get update -qq 2>/dev/null || true
+        # older releases know libclang-rt-dev under the number of their clang only
         packages=()
         for p in "${missing[@]}"; do
             if [ "$p" = libclang-rt-dev ] && ! apt-cache show "$p" >/dev/null 2>&1; then
-                p=libclang-rt-$(apt-cache depends clang | sed -n 's/.*Depends: clang-\([0-9]*\).*/\1/p' | head -n 1)-dev
+                number=$(apt-cache depends clang 2>/dev/null | sed -n 's/.*Depends: clang-\([0-9]*\).*/\1/p' | head -n 1) || true
+                p=libclang-rt-${number:-14}-dev
             fi
             packages+=("$p")
         done
         say "installing ${packages[*]}"
-        $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${packages[@]}" >/dev/null || say "could not install all of: ${packages[*]}"
+        $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${packages[@]}" >/dev/null 2>&1 || say "could not install all of: ${packages[*]}"
     else
         say "please install: ${missing[*]}"
     fi
@@ -53,7 +55,7 @@ fi
 modules='jinja2 tokenizers'
 [ "$level" = dev ] && modules="$modules torch transformers numpy pytest"
 [ -x .venv/bin/python ] || python3 -m venv .venv
-if ! .venv/bin/pip install -q --disable-pip-version-check -r "$requirements"; then
+if ! .venv/bin/pip install -q --disable-pip-version-check --retries 2 -r "$requirements"; then
     say 'packages cannot be installed; using those of the system'
     for m in $modules; do
         python3 -c "import $m" || { say "python package '$m' is missing"; exit 1; }
