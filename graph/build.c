@@ -9,16 +9,22 @@ _Static_assert(LLA_B_COUNT <= 32, "bit sets of buffers are 32 bits wide");
 
 /* ---- buffers ---- */
 
+/* In the order of enum lla_buf. */
+static const char *const buffer_names[LLA_B_COUNT] = {
+    "header",  "tokens",   "positions",  "row_seq", "block_table", "logit_rows",  "sampling",  "next",
+    "arrived", "rope",     "k_cache",    "v_cache", "x",           "attn_normed", "qkv",       "q",
+    "partial", "attn_out", "mlp_normed", "act",     "head_normed", "logits",      "candidates"};
+
 struct builder {
     const struct lla_graph *graph;
     struct lla_node *nodes; /* NULL: only count */
     size_t nnode;
 };
 
-static struct lla_buffer *declare(struct lla_buffer *buffers, enum lla_buf id, enum lla_region_kind kind,
-                                  const char *name, size_t rows, size_t cols, size_t element, const char *type) {
+static struct lla_buffer *declare(struct lla_buffer *buffers, enum lla_buf id, enum lla_region_kind kind, size_t rows,
+                                  size_t cols, size_t element, const char *type) {
     struct lla_buffer *b = &buffers[id];
-    *b = (struct lla_buffer){.name = name, .kind = kind, .nbytes = rows * cols * element};
+    *b = (struct lla_buffer){.name = buffer_names[id], .kind = kind, .nbytes = rows * cols * element};
     if (cols == 1)
         snprintf(b->shape, sizeof b->shape, "[%zu] %s", rows, type);
     else
@@ -32,37 +38,35 @@ static void declare_all(const struct lla_plan *p, const struct lla_dims *d, stru
     const size_t e = lla_dtype_size(d->dtype), rows = d->max_rows, seqs = d->max_seqs, layers = p->spec.nlayer;
     const size_t q = d->nhead * d->head_dim, kv = d->nkvhead * d->head_dim;
 
-    declare(b, LLA_B_HEADER, LLA_R_STEP, "header", 1, 1, sizeof(struct lla_step_header), "header");
-    declare(b, LLA_B_TOKENS, LLA_R_STEP, "tokens", rows, 1, 4, "i32");
-    declare(b, LLA_B_POSITIONS, LLA_R_STEP, "positions", rows, 1, 4, "i32");
-    declare(b, LLA_B_ROW_SEQ, LLA_R_STEP, "row_seq", rows, 1, 4, "i32");
-    declare(b, LLA_B_BLOCK_TABLE, LLA_R_STEP, "block_table", seqs, d->max_blocks, 4, "i32");
-    declare(b, LLA_B_LOGIT_ROWS, LLA_R_STEP, "logit_rows", seqs, 1, 4, "i32");
-    declare(b, LLA_B_SAMPLING, LLA_R_STEP, "sampling", seqs, 1, sizeof(struct lla_sampling_row), "sampling");
-    declare(b, LLA_B_NEXT, LLA_R_STEP, "next", seqs, 1, 4, "i32");
-    declare(b, LLA_B_ARRIVED, LLA_R_STEP, "arrived", rows, d->nkvhead, 4, "i32");
-    declare(b, LLA_B_ROPE, LLA_R_TABLE, "rope", p->limits.max_seq, d->head_dim, e, type);
+    declare(b, LLA_B_HEADER, LLA_R_STEP, 1, 1, sizeof(struct lla_step_header), "header");
+    declare(b, LLA_B_TOKENS, LLA_R_STEP, rows, 1, 4, "i32");
+    declare(b, LLA_B_POSITIONS, LLA_R_STEP, rows, 1, 4, "i32");
+    declare(b, LLA_B_ROW_SEQ, LLA_R_STEP, rows, 1, 4, "i32");
+    declare(b, LLA_B_BLOCK_TABLE, LLA_R_STEP, seqs, d->max_blocks, 4, "i32");
+    declare(b, LLA_B_LOGIT_ROWS, LLA_R_STEP, seqs, 1, 4, "i32");
+    declare(b, LLA_B_SAMPLING, LLA_R_STEP, seqs, 1, sizeof(struct lla_sampling_row), "sampling");
+    declare(b, LLA_B_NEXT, LLA_R_STEP, seqs, 1, 4, "i32");
+    declare(b, LLA_B_ARRIVED, LLA_R_STEP, rows, d->nkvhead, 4, "i32");
+    declare(b, LLA_B_ROPE, LLA_R_TABLE, p->limits.max_seq, d->head_dim, e, type);
 
-    const char *const kv_name[] = {"k_cache", "v_cache"};
     for (int i = 0; i < 2; i++) {
-        struct lla_buffer *c =
-            declare(b, LLA_B_K_CACHE + i, LLA_R_KV, kv_name[i], layers * p->nblock * d->kv_block, kv, e, type);
+        struct lla_buffer *c = declare(b, LLA_B_K_CACHE + i, LLA_R_KV, layers * p->nblock * d->kv_block, kv, e, type);
         snprintf(c->shape, sizeof c->shape, "[%zu, %zu, %zu, %zu, %zu] %s", layers, p->nblock, d->nkvhead, d->kv_block,
                  d->head_dim, type);
     }
 
-    declare(b, LLA_B_X, LLA_R_ACTIVATION, "x", rows, d->hidden, e, type);
-    declare(b, LLA_B_ATTN_NORMED, LLA_R_ACTIVATION, "attn_normed", rows, d->hidden, e, type);
-    declare(b, LLA_B_QKV, LLA_R_ACTIVATION, "qkv", rows, q + 2 * kv, e, type);
-    declare(b, LLA_B_Q, LLA_R_ACTIVATION, "q", rows, q, e, type);
-    declare(b, LLA_B_PARTIAL, LLA_R_ACTIVATION, "partial", d->max_splits, d->nhead * (d->head_dim + 2), 4, "f32");
-    declare(b, LLA_B_ATTN_OUT, LLA_R_ACTIVATION, "attn_out", rows, q, e, type);
-    declare(b, LLA_B_MLP_NORMED, LLA_R_ACTIVATION, "mlp_normed", rows, d->hidden, e, type);
-    declare(b, LLA_B_ACT, LLA_R_ACTIVATION, "act", rows, d->ffn, e, type);
-    declare(b, LLA_B_HEAD_NORMED, LLA_R_ACTIVATION, "head_normed", seqs, d->hidden, e, type);
-    declare(b, LLA_B_LOGITS, LLA_R_STEP, "logits", seqs, d->vocab, e, type); /* a result: it outlives the step */
-    declare(b, LLA_B_CANDIDATES, LLA_R_ACTIVATION, "candidates", seqs, d->vocab > 32 ? d->vocab : 32,
-            sizeof(struct lla_candidate), "candidate");
+    declare(b, LLA_B_X, LLA_R_ACTIVATION, rows, d->hidden, e, type);
+    declare(b, LLA_B_ATTN_NORMED, LLA_R_ACTIVATION, rows, d->hidden, e, type);
+    declare(b, LLA_B_QKV, LLA_R_ACTIVATION, rows, q + 2 * kv, e, type);
+    declare(b, LLA_B_Q, LLA_R_ACTIVATION, rows, q, e, type);
+    declare(b, LLA_B_PARTIAL, LLA_R_ACTIVATION, d->max_splits, d->nhead * (d->head_dim + 2), 4, "f32");
+    declare(b, LLA_B_ATTN_OUT, LLA_R_ACTIVATION, rows, q, e, type);
+    declare(b, LLA_B_MLP_NORMED, LLA_R_ACTIVATION, rows, d->hidden, e, type);
+    declare(b, LLA_B_ACT, LLA_R_ACTIVATION, rows, d->ffn, e, type);
+    declare(b, LLA_B_HEAD_NORMED, LLA_R_ACTIVATION, seqs, d->hidden, e, type);
+    declare(b, LLA_B_LOGITS, LLA_R_STEP, seqs, d->vocab, e, type); /* a result: it outlives the step */
+    declare(b, LLA_B_CANDIDATES, LLA_R_ACTIVATION, seqs, d->vocab > 32 ? d->vocab : 32, sizeof(struct lla_candidate),
+            "candidate");
 }
 
 /* ---- nodes ---- */
@@ -280,12 +284,8 @@ void lla_program_free(struct lla_program *program) {
 }
 
 static void print_set(uint32_t set, FILE *out) {
-    static const char *const names[LLA_B_COUNT] = {
-        "header",  "tokens",   "positions",  "row_seq", "block_table", "logit_rows",  "sampling",  "next",
-        "arrived", "rope",     "k_cache",    "v_cache", "x",           "attn_normed", "qkv",       "q",
-        "partial", "attn_out", "mlp_normed", "act",     "head_normed", "logits",      "candidates"};
     for (int id = 0; id < LLA_B_COUNT; id++)
-        if (set >> id & 1) fprintf(out, " %s", names[id]);
+        if (set >> id & 1) fprintf(out, " %s", buffer_names[id]);
 }
 
 void lla_program_print(const struct lla_program *program, FILE *out) {
