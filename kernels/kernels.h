@@ -79,8 +79,8 @@ struct lla_qkv_args {
 };
 
 /* out [R, nhead, head_dim] = round(softmax(q k^T / sqrt(head_dim)) v) over positions 0 .. the row's own, through the
- * block table. Scores, exponentials and sums in f32, by splits of LLA_ATTN_SPLIT tokens. partial: f32 [max_splits,
- * nhead, head_dim + 2]. */
+ * block table. Scores, exponentials and sums in f32, by splits of LLA_ATTN_SPLIT tokens; a GPU rounds the exponentials
+ * for its tensor cores, in numerator and denominator alike. partial: f32 [max_splits, nhead, head_dim + 2]. */
 struct lla_attention_args {
     size_t q, k_cache, v_cache, partial, out;
 };

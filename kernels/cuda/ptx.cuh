@@ -102,6 +102,13 @@ __device__ __forceinline__ uint4 ldmatrix_x4_trans(uint32_t address) {
     return r;
 }
 
+/* An 8 x 8 matrix of 16-bit elements, spread over the warp as an mma operand is, with rows and columns exchanged. */
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
+    uint32_t r;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+    return r;
+}
+
 /* ---- programmatic dependent launch (sm_90 and newer; nothing elsewhere) ---- */
 
 /* Lets the next kernel of the stream start; it may not read what this one writes before its own pdl_wait(). */

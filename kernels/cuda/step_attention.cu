@@ -1,184 +1,63 @@
-/* step_attention.cu: attention of the step's rows over KV blocks: flash-decoding by splits of LLA_CUDA_SPLIT tokens.
+/* step_attention.cu: attention of the step's rows over KV blocks: flash-decoding by splits of LLA_CUDA_SPLIT tokens, on
+ * the tensor cores (attention_tile.cuh).
  *
- * A block takes one split of one row and KV head, with all query heads of the group: keys and values are staged in
- * shared memory once for the group. The split's unnormalised output, maximum and sum go to `partial`; the last block of
- * a row and KV head to arrive merges the splits, in order. Where a step has more splits than `partial` holds (prompts),
- * a block takes a whole row and merges as it goes: the same numbers in the same order. */
-#include "step.cuh"
+ * A block takes one split of one row and KV head, with the query heads of the group. The split's unnormalised output,
+ * maximum and sum go to `partial`; the last block of a row and KV head to arrive merges the splits, in order. Where a
+ * step has more splits than `partial` holds (prompts), a block takes a whole row and merges as it goes: the same
+ * numbers in the same order. */
+#include "step_attention.cuh"
 
 namespace {
 
-enum { SPLIT = LLA_CUDA_SPLIT, HEADS = 8 /* query heads worked on together, one a warp in the softmax */ };
-
-struct Attention {
-    const lla_step_header *header;
-    const int32_t *positions, *row_seq, *table;
-    const void *q, *k_cache, *v_cache;
-    void *out;
-    float *partial;   /* [max_splits, nhead, dim + 2] */
-    int32_t *arrived; /* [max_rows, nkvhead], zero between steps */
-    size_t nhead, nkvhead, dim, kv_block, max_blocks, max_splits;
-    float scale;
-};
-
-/* Row and first slot of an item of the step; every thread computes the same. Items are numbered by row, then split. */
-struct Place {
-    size_t row, split, nsplit, slot0; /* slot0: the row's first slot in `partial` */
-};
-
-__device__ Place locate(const int32_t *positions, size_t rows, size_t item) {
-    size_t slot = 0;
-    for (size_t r = 0; r < rows; r++) {
-        const size_t n = (size_t)positions[r] / SPLIT + 1;
-        if (item < slot + n) return Place{r, item - slot, n, slot};
-        slot += n;
+/* Keys and values of positions [start + from, start + to) of one KV head go to shared memory in the background. */
+template <class T, int DIM>
+__device__ void stage_old(const Attention &a, SplitMemory<T, DIM> &s, const int32_t *table, size_t kvhead, size_t start,
+                          int from, int to) {
+    constexpr int UNITS = SplitMemory<T, DIM>::UNITS;
+    for (int i = from * UNITS + threadIdx.x; i < to * UNITS; i += THREADS) {
+        const int token = i / UNITS, unit = i % UNITS;
+        const size_t at = cache_offset(table, start + token, a.nkvhead, a.kv_block, DIM) + kvhead * a.kv_block * DIM;
+        cp_async_16(shared_address(&s.k[s.at(token, unit)]), (const T *)a.k_cache + at + unit * 8, true);
+        cp_async_16(shared_address(&s.v[s.at(token, unit)]), (const T *)a.v_cache + at + unit * 8, true);
     }
-    return Place{rows, 0, 0, slot};
 }
 
-/* acc (output, maximum, sum) of a head's dimension takes in the next split's. */
-__device__ __forceinline__ void merge(float &o, float &m, float &l, float po, float pm, float pl) {
-    const float top = fmaxf(m, pm), a = expf(m - top), b = expf(pm - top);
-    o = fmaf(o, a, po * b);
-    l = l * a + pl * b;
-    m = top;
+template <class T, int DIM>
+__device__ void store_partial(const Attention &a, const Partial &part, size_t slot, size_t head0, size_t heads,
+                              int warp, int lane) {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        if ((size_t)(2 * t + h) >= heads) continue;
+        float *to = a.partial + (slot * a.nhead + head0 + 2 * t + h) * (DIM + 2);
+        to[16 * warp + g] = part.o[h];
+        to[16 * warp + g + 8] = part.o[h + 2];
+        if (warp == 0 && g == 0) {
+            to[DIM] = part.m[h];
+            to[DIM + 1] = part.l[h];
+        }
+    }
 }
 
-template <class T> struct Shared {
-    T *k, *v;         /* [SPLIT, pitch] */
-    float *q;         /* [HEADS, dim] */
-    float *weight;    /* [SPLIT, HEADS] scores, then e^(score - max) */
-    float *max, *sum; /* [HEADS] */
-    float *mixed;     /* [groups, HEADS, dim] */
-    size_t pitch;
-};
-
-template <class T> __host__ __device__ size_t shared_bytes(size_t dim, size_t groups) {
-    const size_t pitch = dim + 16 / sizeof(T);
-    return 2 * SPLIT * pitch * sizeof(T) +
-           (HEADS * dim + SPLIT * HEADS + 2 * HEADS + (groups + 1) * HEADS * dim + 2 * HEADS) * sizeof(float);
-}
-
-/* Keys and values of positions [start + from, start + to) of one KV head into shared memory, 16 bytes a thread where
- * rows allow. */
-template <class T>
-__device__ void stage(const Attention &a, const Shared<T> &s, const int32_t *table, size_t kvhead, size_t start,
-                      size_t from, size_t to) {
-    const bool wide = a.dim * sizeof(T) % 16 == 0;
-    const size_t unit = wide ? 16 / sizeof(T) : 1, units = a.dim / unit;
+/* The splits of a row's head, merged in order, for one dimension; `part` is the first split's. */
+template <class T, int DIM> __device__ T merge_splits(const float *part, size_t nsplit, size_t stride, size_t d) {
+    float o = __ldcg(part + d), m = __ldcg(part + DIM), l = __ldcg(part + DIM + 1);
 #pragma unroll 4
-    for (size_t i = from * units + threadIdx.x; i < to * units; i += THREADS) {
-        const size_t token = i / units, u = i % units * unit, position = start + token;
-        const size_t at =
-            (((size_t)table[position / a.kv_block] * a.nkvhead + kvhead) * a.kv_block + position % a.kv_block) * a.dim +
-            u;
-        const T *k = (const T *)a.k_cache + at, *v = (const T *)a.v_cache + at;
-        T *sk = s.k + token * s.pitch + u, *sv = s.v + token * s.pitch + u;
-        if (wide) {
-            const uint4 kk = *reinterpret_cast<const uint4 *>(k), vv = *reinterpret_cast<const uint4 *>(v);
-            *reinterpret_cast<uint4 *>(sk) = kk;
-            *reinterpret_cast<uint4 *>(sv) = vv;
-        } else {
-            *sk = *k;
-            *sv = *v;
-        }
+    for (size_t split = 1; split < nsplit; split++) {
+        part += stride;
+        const Weighting w(m, __ldcg(part + DIM));
+        o = w.merged(o, __ldcg(part + d));
+        l = w.merged(l, __ldcg(part + DIM + 1));
+        m = w.top;
     }
+    return from_float<T>(o / l);
 }
 
-constexpr int PER = HEADS * SPLIT / THREADS; /* heads of a thread in score() */
-static_assert(PER >= 1 && PER * THREADS == HEADS * SPLIT, "every thread scores the same number of heads");
-
-/* weight [token][head] = scale q . k; THREADS / SPLIT threads a token, PER heads each. */
-template <class T> __device__ void score(const Attention &a, const Shared<T> &s, size_t count) {
-    const size_t token = threadIdx.x % SPLIT, h0 = threadIdx.x / SPLIT * PER;
-    if (token >= count) return;
-    float sum[PER] = {};
-    const T *k = s.k + token * s.pitch;
-    if (a.dim % 8 == 0 && sizeof(T) == 2) {
-        for (size_t d = 0; d < a.dim; d += 8) {
-            const uint4 raw = *reinterpret_cast<const uint4 *>(k + d);
-            const T *e = reinterpret_cast<const T *>(&raw);
-#pragma unroll
-            for (int h = 0; h < PER; h++) {
-                const float4 lo = *reinterpret_cast<const float4 *>(s.q + (h0 + h) * a.dim + d);
-                const float4 hi = *reinterpret_cast<const float4 *>(s.q + (h0 + h) * a.dim + d + 4);
-                sum[h] = fmaf(to_float<T>(e[0]), lo.x, sum[h]);
-                sum[h] = fmaf(to_float<T>(e[1]), lo.y, sum[h]);
-                sum[h] = fmaf(to_float<T>(e[2]), lo.z, sum[h]);
-                sum[h] = fmaf(to_float<T>(e[3]), lo.w, sum[h]);
-                sum[h] = fmaf(to_float<T>(e[4]), hi.x, sum[h]);
-                sum[h] = fmaf(to_float<T>(e[5]), hi.y, sum[h]);
-                sum[h] = fmaf(to_float<T>(e[6]), hi.z, sum[h]);
-                sum[h] = fmaf(to_float<T>(e[7]), hi.w, sum[h]);
-            }
-        }
-    } else {
-        for (size_t d = 0; d < a.dim; d++)
-            for (int h = 0; h < PER; h++) sum[h] = fmaf(to_float<T>(k[d]), s.q[(h0 + h) * a.dim + d], sum[h]);
-    }
-    for (int h = 0; h < PER; h++) s.weight[token * HEADS + h0 + h] = a.scale * sum[h];
-}
-
-/* One warp a head: scores become weights. */
-template <class T> __device__ void soften(const Shared<T> &s, size_t count) {
-    const int h = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float top = -INFINITY, sum = 0;
-    for (size_t t = lane; t < count; t += 32) top = fmaxf(top, s.weight[t * HEADS + h]);
-    for (int o = 16; o; o /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, o));
-    for (size_t t = lane; t < count; t += 32) {
-        const float e = expf(s.weight[t * HEADS + h] - top);
-        s.weight[t * HEADS + h] = e;
-        sum += e;
-    }
-    for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-    if (lane == 0) {
-        s.max[h] = top;
-        s.sum[h] = sum;
-    }
-}
-
-/* mixed [group][head][d] = sum over the group's tokens of weight * v; a thread owns two dimensions and every groups-th
- * token. */
-template <class T> __device__ void mix(const Attention &a, const Shared<T> &s, size_t count, size_t groups) {
-    const size_t pairs = a.dim / 2, group = threadIdx.x / pairs, d = threadIdx.x % pairs * 2;
-    if (group >= groups) return;
-    float lo[HEADS] = {}, hi[HEADS] = {};
-    for (size_t t = group; t < count; t += groups) {
-        const T *v = s.v + t * s.pitch + d;
-        const float v0 = to_float<T>(v[0]), v1 = to_float<T>(v[1]);
-#pragma unroll
-        for (int h = 0; h < HEADS; h++) {
-            const float w = s.weight[t * HEADS + h];
-            lo[h] = fmaf(w, v0, lo[h]);
-            hi[h] = fmaf(w, v1, hi[h]);
-        }
-    }
-    for (int h = 0; h < HEADS; h++) {
-        s.mixed[(group * HEADS + h) * a.dim + d] = lo[h];
-        s.mixed[(group * HEADS + h) * a.dim + d + 1] = hi[h];
-    }
-}
-
-/* The first position of this step that belongs to the row's sequence: those before were written by earlier steps. */
-__device__ size_t first_new(const Attention &a, size_t row) {
-    while (row > 0 && a.row_seq[row - 1] == a.row_seq[row]) row--;
-    return (size_t)a.positions[row];
-}
-
-template <class T> __global__ void __launch_bounds__(THREADS, 2) attention_kernel(const Attention a, size_t groups) {
-    extern __shared__ char smem[];
-    Shared<T> s;
-    s.pitch = a.dim + 16 / sizeof(T);
-    s.k = reinterpret_cast<T *>(smem);
-    s.v = s.k + SPLIT * s.pitch;
-    s.q = reinterpret_cast<float *>(s.v + SPLIT * s.pitch);
-    s.weight = s.q + HEADS * a.dim;
-    s.max = s.weight + SPLIT * HEADS;
-    s.sum = s.max + HEADS;
-    s.mixed = s.sum + HEADS;
-    float *const acc = s.mixed + groups * HEADS * a.dim; /* [HEADS, dim]: merged so far */
-    float *const acc_max = acc + HEADS * a.dim, *const acc_sum = acc_max + HEADS;
-    __shared__ bool is_last;
+template <class T, int DIM>
+__global__ void __launch_bounds__(THREADS, 2) attention_kernel(const Attention a, float scale) {
+    extern __shared__ __align__(16) char smem[];
+    SplitMemory<T, DIM> &s = *reinterpret_cast<SplitMemory<T, DIM> *>(smem);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
     pdl_launch_next();
     /* Step inputs were there before the step's first kernel began, and so were keys and values of earlier steps. */
@@ -198,94 +77,68 @@ template <class T> __global__ void __launch_bounds__(THREADS, 2) attention_kerne
         const size_t first = by_split ? p.split : 0, last = by_split ? p.split + 1 : p.nsplit;
         const size_t length = (size_t)a.positions[p.row] + 1;
         const int32_t *table = a.table + (size_t)a.row_seq[p.row] * a.max_blocks;
-        size_t staged = 0; /* positions of the first split that are there already */
+        int staged = 0; /* tokens of the first split that are on their way already */
         if (!waited) {
-            const size_t start = first * SPLIT, old = first_new(a, p.row);
-            staged = old <= start ? 0 : old - start < SPLIT ? old - start : SPLIT;
-            stage(a, s, table, kvhead, start, 0, staged);
+            const size_t start = first * SPLIT, old = first_new(a.positions, a.row_seq, p.row);
+            staged = old <= start ? 0 : old - start < SPLIT ? (int)(old - start) : SPLIT;
+            stage_old(a, s, table, kvhead, start, 0, staged);
             pdl_wait();
             waited = true;
         }
 
         for (size_t h0 = 0; h0 < group; h0 += HEADS) {
-            const size_t heads = group - h0 < HEADS ? group - h0 : HEADS;
-            const size_t head0 = kvhead * group + h0;
-            const T *q = (const T *)a.q + (p.row * a.nhead + head0) * a.dim;
-            for (size_t i = threadIdx.x; i < HEADS * a.dim; i += THREADS)
-                s.q[i] = i < heads * a.dim ? to_float<T>(q[i]) : 0.0f;
+            const size_t heads = group - h0 < HEADS ? group - h0 : HEADS, head0 = kvhead * group + h0;
+            const uint4 *q = reinterpret_cast<const uint4 *>((const T *)a.q + (p.row * a.nhead + head0) * DIM);
+            for (int i = threadIdx.x; i < (int)heads * (DIM / 8); i += THREADS)
+                *reinterpret_cast<uint4 *>(&s.q[i / (DIM / 8)][i % (DIM / 8) * 4]) = q[i];
+            Partial sum;
             for (size_t split = first; split < last; split++) {
-                const size_t start = split * SPLIT, count = length - start < SPLIT ? length - start : SPLIT;
-                stage(a, s, table, kvhead, start, staged < count ? staged : count, count);
+                const size_t start = split * SPLIT;
+                const int count = length - start < SPLIT ? (int)(length - start) : SPLIT;
+                stage_old(a, s, table, kvhead, start, staged < count ? staged : count, count);
                 staged = 0;
+                for (int i = count * (DIM / 8) + threadIdx.x; i < SPLIT * (DIM / 8); i += THREADS)
+                    s.v[s.at(i / (DIM / 8), i % (DIM / 8))] = make_uint4(0, 0, 0, 0);
+                cp_async_commit();
+                cp_async_wait<0>();
                 __syncthreads();
-                score(a, s, count);
-                __syncthreads();
-                soften(s, count);
-                __syncthreads();
-                mix(a, s, count, groups);
-                __syncthreads();
-                for (size_t i = threadIdx.x; i < heads * a.dim; i += THREADS) {
-                    const size_t h = i / a.dim;
-                    float sum = 0;
-                    for (size_t g = 0; g < groups; g++) sum += s.mixed[g * HEADS * a.dim + i];
-                    if (by_split) {
-                        float *part = a.partial + ((p.slot0 + split) * a.nhead + head0 + h) * (a.dim + 2);
-                        part[i % a.dim] = sum;
-                        if (i % a.dim == 0) {
-                            part[a.dim] = s.max[h];
-                            part[a.dim + 1] = s.sum[h];
-                        }
-                    } else if (split == first) {
-                        acc[i] = sum;
-                    } else {
-                        float m = acc_max[h], l = acc_sum[h];
-                        merge(acc[i], m, l, sum, s.max[h], s.sum[h]);
-                    }
-                }
-                __syncthreads();
-                if (!by_split && threadIdx.x < heads) {
-                    const size_t h = threadIdx.x;
-                    float o = 0, m = s.max[h], l = s.sum[h];
-                    if (split > first) {
-                        m = acc_max[h], l = acc_sum[h];
-                        merge(o, m, l, 0, s.max[h], s.sum[h]);
-                    }
-                    acc_max[h] = m;
-                    acc_sum[h] = l;
-                }
+                const Partial part = attend<T, DIM>(s, warp, lane, count, scale, [] { __syncthreads(); });
+                if (split == first)
+                    sum = part;
+                else
+                    merge(sum, part);
                 __syncthreads();
             }
-            if (!by_split) {
-                T *out = (T *)a.out + (p.row * a.nhead + head0) * a.dim;
-                for (size_t i = threadIdx.x; i < heads * a.dim; i += THREADS)
-                    out[i] = from_float<T>(acc[i] / acc_sum[i / a.dim]);
+            if (warp >= DIM / 16) continue;
+            const int g = lane / 4, t = lane % 4;
+            if (by_split && p.nsplit > 1) {
+                store_partial<T, DIM>(a, sum, p.slot0 + p.split, head0, heads, warp, lane);
+                continue;
+            }
+            for (int h = 0; h < 2; h++) {
+                if ((size_t)(2 * t + h) >= heads) continue;
+                T *out = (T *)a.out + (p.row * a.nhead + head0 + 2 * t + h) * DIM + 16 * warp + g;
+                out[0] = from_float<T>(sum.o[h] / sum.l[h]);
+                out[8] = from_float<T>(sum.o[h + 2] / sum.l[h]);
             }
         }
-        if (!by_split) continue;
-
-        /* the last block of this row and KV head merges */
-        __threadfence();
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            int32_t *arrived = &a.arrived[p.row * a.nkvhead + kvhead];
-            is_last = atomicAdd(arrived, 1) == (int32_t)p.nsplit - 1;
-            if (is_last) *arrived = 0;
-        }
-        __syncthreads();
-        if (!is_last) continue;
-        __threadfence();
-        for (size_t i = threadIdx.x; i < group * a.dim; i += THREADS) {
-            const size_t head = kvhead * group + i / a.dim, d = i % a.dim, step = a.nhead * (a.dim + 2);
-            const float *part = a.partial + (p.slot0 * a.nhead + head) * (a.dim + 2);
-            float o = __ldcg(part + d), m = __ldcg(part + a.dim), l = __ldcg(part + a.dim + 1);
-#pragma unroll 4
-            for (size_t split = 1; split < p.nsplit; split++)
-                merge(o, m, l, __ldcg(part + split * step + d), __ldcg(part + split * step + a.dim),
-                      __ldcg(part + split * step + a.dim + 1));
-            ((T *)a.out)[(p.row * a.nhead + head) * a.dim + d] = from_float<T>(o / l);
+        if (!by_split || p.nsplit == 1) continue;
+        if (!is_last_block(&a.arrived[p.row * a.nkvhead + kvhead], p.nsplit)) continue;
+        for (size_t i = threadIdx.x; i < group * DIM; i += THREADS) {
+            const size_t head = kvhead * group + i / DIM, d = i % DIM;
+            ((T *)a.out)[(p.row * a.nhead + head) * DIM + d] = merge_splits<T, DIM>(
+                a.partial + (p.slot0 * a.nhead + head) * (DIM + 2), p.nsplit, a.nhead * (DIM + 2), d);
         }
     }
     if (!waited) pdl_wait(); /* a kernel ends only after those before it, so that a wait for it is a wait for all */
+}
+
+template <class T, int DIM> lla_status launch_attention(const lla_cuda_ctx *ctx, const Attention &a) {
+    const size_t smem = sizeof(SplitMemory<T, DIM>);
+    const size_t most = ctx->rows * a.nkvhead * (a.max_blocks * a.kv_block / SPLIT + 1), /* items of a step */
+        resident = (size_t)ctx->sm_count * (3 * (smem + 1024) <= ctx->max_smem ? 3 : 2);
+    return launch(ctx, "attention", attention_kernel<T, DIM>, dim3((unsigned)(most < resident ? most : resident)),
+                  THREADS, smem, a, attention_scale(DIM));
 }
 
 } // namespace
@@ -310,18 +163,9 @@ lla_status lla_cuda_attention(const lla_cuda_ctx *ctx, const lla_attention_args 
     a.kv_block = d.kv_block;
     a.max_blocks = d.max_blocks;
     a.max_splits = d.max_splits;
-    a.scale = 1.0f / sqrtf((float)d.head_dim);
-    if (d.head_dim > 2 * THREADS)
-        return lla_fail(LLA_ELIMIT, "attention: head_dim is %zu, expected at most %d", d.head_dim, 2 * THREADS);
-    const size_t groups = THREADS / (d.head_dim / 2) < 8 ? THREADS / (d.head_dim / 2) : 8;
-    LLA_CUDA_BY_DTYPE(d.dtype, {
-        const size_t smem = shared_bytes<T>(d.head_dim, groups);
-        if (smem > ctx->max_smem)
-            return lla_fail(LLA_ELIMIT, "attention: head_dim %zu needs %zu bytes of shared memory, %zu are there",
-                            d.head_dim, smem, ctx->max_smem);
-        const size_t most =
-            ctx->rows * d.nkvhead * (d.max_blocks * d.kv_block / SPLIT + 1); /* items of a step of the bucket */
-        const dim3 grid((unsigned)(most < (size_t)ctx->sm_count ? most : ctx->sm_count));
-        return launch(ctx, "attention", attention_kernel<T>, grid, THREADS, smem, a, groups);
-    });
+    if (d.dtype == LLAISYS_DTYPE_BF16 && d.head_dim == 128) return launch_attention<__nv_bfloat16, 128>(ctx, a);
+    if (d.dtype == LLAISYS_DTYPE_BF16 && d.head_dim == 64) return launch_attention<__nv_bfloat16, 64>(ctx, a);
+    if (d.dtype == LLAISYS_DTYPE_F16 && d.head_dim == 128) return launch_attention<__half, 128>(ctx, a);
+    if (d.dtype == LLAISYS_DTYPE_F16 && d.head_dim == 64) return launch_attention<__half, 64>(ctx, a);
+    return lla_cuda_attention_any(ctx, a);
 }
