@@ -67,6 +67,15 @@ __device__ __forceinline__ void store_shared_16(uint32_t to, uint4 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
+__device__ __forceinline__ uint4 load_shared_16(uint32_t from) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(from)
+                 : "memory");
+    return v;
+}
+
 /* Copies 16 bytes to shared memory in the background; writes zeros, and reads nothing, where it is not valid. */
 __device__ __forceinline__ void cp_async_16(uint32_t to, const void *from, bool valid) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0)
@@ -107,6 +116,80 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
     uint32_t r;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
     return r;
+}
+
+/* ---- thread-block clusters (sm_90 and newer; nothing elsewhere) ---- */
+
+/* The cluster's barrier, in halves: what a thread wrote before it arrives, to any block's shared memory, is seen by
+ * those that have waited. Every thread of the cluster calls both, in turns. */
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+/* Arrives without a promise about what was written before. */
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+
+/* A barrier in shared memory for `count` arrivals and the bytes that they expect; the cluster sees it after its next
+ * barrier. */
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, unsigned count) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n fence.mbarrier_init.release.cluster;" ::"r"(barrier),
+                 "r"(count)
+                 : "memory");
+#endif
+}
+
+/* Arrives, and lets the barrier's phase last until so many bytes have come. */
+__device__ __forceinline__ void mbarrier_expect(uint32_t barrier, unsigned bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, unsigned parity) {
+#if __CUDA_ARCH__ >= 900
+    unsigned done = 0;
+    while (!done)
+        asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                     " selp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(barrier), "r"(parity)
+                     : "memory");
+#endif
+}
+
+/* Makes this thread's writes to shared memory visible to copies that are started after the next block barrier. */
+__device__ __forceinline__ void fence_shared_async() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+/* Copies from this block's shared memory to that of block `rank` of the cluster, in the background; `to` and `barrier`
+ * are addresses as in this block. */
+__device__ __forceinline__ void copy_to_cluster(uint32_t to, uint32_t from, unsigned bytes, uint32_t barrier,
+                                                unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+    uint32_t there, signal;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(to), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(signal) : "r"(barrier), "r"(rank));
+    asm volatile(
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(there),
+        "r"(from), "r"(bytes), "r"(signal)
+        : "memory");
+#endif
 }
 
 /* ---- programmatic dependent launch (sm_90 and newer; nothing elsewhere) ---- */

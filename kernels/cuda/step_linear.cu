@@ -5,34 +5,14 @@
  * its part of a row tile straight into registers, DEPTH tiles of 512 bytes at a time, with the next DEPTH on their way
  * while it multiplies. The first 2 DEPTH are requested before the wait for the kernel before, since weights do not
  * depend on it. */
-#include "step.cuh"
+#include "step_linear.cuh"
 
 #include <type_traits>
 
 namespace {
 
-enum Epilogue { QKV, ADD, SWIGLU, STORE };
-
 /* Registers hold 2 DEPTH pieces of 16 bytes a thread: with two blocks on an SM, 48 to 96 KB in flight. */
 enum { DEPTH = 6 };
-
-struct Linear {
-    const lla_step_header *header;
-    size_t max_rows;      /* of the bucket */
-    bool by_logit;        /* rows are the step's logit rows */
-    const int32_t *index; /* by_logit: row of x that a logit row reads */
-    const void *x;        /* [rows, k] */
-    const void *norm;     /* [k], or NULL */
-    const void *w;        /* packed */
-    void *out;            /* STORE: [rows, n]; ADD: [rows, n], added to; SWIGLU: [rows, n / 2] */
-    size_t n, k, half;
-    float eps;
-    /* QKV */
-    const void *bias, *rope;
-    const int32_t *positions, *row_seq, *table;
-    void *q, *k_cache, *v_cache;
-    size_t nhead, nkvhead, head_dim, kv_block, max_blocks;
-};
 
 /* Elements k, k + 1 of a row of activations as the B operand wants them; zero beyond the row's end. */
 template <class T> __device__ __forceinline__ uint32_t load_pair(const T *row, unsigned k, unsigned end) {
@@ -90,146 +70,6 @@ template <bool PADDED> struct Multiply<float, PADDED> {
                 }
     }
 };
-
-/* Row r of the step's activations is row source(r) of x. */
-__device__ __forceinline__ size_t source(const Linear &a, size_t r) {
-    return a.by_logit ? (size_t)a.index[r] : r;
-}
-
-/* staged [rows, pitch] = norm of rows first .. first + rows of x; one warp a row, or all warps the same row where there
- * is one: a row's sum is always one warp's. */
-template <class T, int W>
-__device__ void stage_norm(const Linear &a, size_t first, size_t rows, T *staged, size_t pitch, int warp, int lane) {
-    constexpr int UNIT = 16 / sizeof(T), IN_FLIGHT = 6; /* elements of a 16-byte load, and loads at once */
-    const bool shared_row = rows == 1, wide = a.k % UNIT == 0;
-    const int place = shared_row ? threadIdx.x : lane, places = shared_row ? 32 * W : 32;
-    for (size_t r = shared_row ? 0 : warp; r < rows; r += W) {
-        const T *x = (const T *)a.x + source(a, first + r) * a.k, *norm = (const T *)a.norm;
-        T *to = staged + r * pitch;
-        float sum = 0;
-        if (wide) {
-            for (size_t i = lane; i < a.k / UNIT; i += 32 * IN_FLIGHT) {
-                uint4 v[IN_FLIGHT];
-#pragma unroll
-                for (int j = 0; j < IN_FLIGHT; j++)
-                    if (i + 32 * j < a.k / UNIT) v[j] = reinterpret_cast<const uint4 *>(x)[i + 32 * j];
-#pragma unroll
-                for (int j = 0; j < IN_FLIGHT; j++)
-                    if (i + 32 * j < a.k / UNIT)
-#pragma unroll
-                        for (int e = 0; e < UNIT; e++) {
-                            const float f = to_float<T>(reinterpret_cast<const T *>(&v[j])[e]);
-                            sum = fmaf(f, f, sum);
-                        }
-            }
-        } else {
-            for (size_t i = lane; i < a.k; i += 32) {
-                const float v = to_float<T>(x[i]);
-                sum = fmaf(v, v, sum);
-            }
-        }
-        for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-        const float scale = 1.0f / sqrtf(sum / (float)a.k + a.eps);
-        if (wide) {
-            for (size_t i = place; i < a.k / UNIT; i += places) { /* x comes from the first-level cache now */
-                const uint4 v = reinterpret_cast<const uint4 *>(x)[i], w = reinterpret_cast<const uint4 *>(norm)[i];
-                uint4 y;
-#pragma unroll
-                for (int e = 0; e < UNIT; e++)
-                    reinterpret_cast<T *>(&y)[e] =
-                        from_float<T>(to_float<T>(reinterpret_cast<const T *>(&w)[e]) *
-                                      rounded<T>(to_float<T>(reinterpret_cast<const T *>(&v)[e]) * scale));
-                reinterpret_cast<uint4 *>(to)[i] = y;
-            }
-            for (size_t i = a.k + place; i < pitch; i += places) to[i] = from_float<T>(0.0f);
-        } else {
-            for (size_t i = place; i < pitch; i += places)
-                to[i] = i < a.k ? from_float<T>(to_float<T>(norm[i]) * rounded<T>(to_float<T>(x[i]) * scale))
-                                : from_float<T>(0.0f);
-        }
-    }
-}
-
-/* Where keys and values of a row go: element offset of the position in the cache of KV head 0. */
-struct Slot {
-    size_t at;
-};
-
-__device__ __forceinline__ Slot slot_of(const Linear &a, size_t row) {
-    const size_t position = (size_t)a.positions[row];
-    const size_t block = (size_t)a.table[(size_t)a.row_seq[row] * a.max_blocks + position / a.kv_block];
-    return Slot{(block * a.nkvhead * a.kv_block + position % a.kv_block) * a.head_dim};
-}
-
-/* What an output needs beside its sums: bias, cosine and sine, or what it is added to. Requested before the product,
- * used after it. */
-struct Operands {
-    float low, high, c, s;
-};
-
-/* AHEAD: only asks for the lines. */
-template <class T, Epilogue E, bool AHEAD>
-__device__ __forceinline__ Operands prepare(const Linear &a, size_t row, size_t tile, size_t g) {
-    Operands p = {};
-    if (E == QKV) {
-        const size_t pair = tile * 8 + g, head = pair / a.half, j = pair % a.half;
-        if (head >= a.nhead + 2 * a.nkvhead) return p;
-        const T *bias = (const T *)a.bias + head * a.head_dim,
-                *rope = (const T *)a.rope + (size_t)a.positions[row] * a.head_dim;
-        if (AHEAD) {
-            prefetch_l1(bias + j);
-            prefetch_l1(bias + j + a.half);
-            prefetch_l1(rope + j);
-            prefetch_l1(rope + j + a.half);
-            return p;
-        }
-        p = Operands{to_float<T>(bias[j]), to_float<T>(bias[j + a.half]), to_float<T>(rope[j]),
-                     to_float<T>(rope[j + a.half])};
-    } else if (E == ADD) {
-        const size_t n = tile * LLA_TILE + g;
-        if (n < a.n) p.low = to_float<T>(((const T *)a.out)[row * a.n + n]);
-        if (n + 8 < a.n) p.high = to_float<T>(((const T *)a.out)[row * a.n + n + 8]);
-    }
-    return p;
-}
-
-/* What becomes of the two sums of a tile's rows g and g + 8 for one row of the step. */
-template <class T, Epilogue E>
-__device__ __forceinline__ void finish(const Linear &a, size_t row, size_t tile, size_t g, float low, float high,
-                                       const Slot &slot, const Operands &p) {
-    if (E == QKV) {
-        const size_t pair = tile * 8 + g, half = a.half, head = pair / half, j = pair % half;
-        if (head >= a.nhead + 2 * a.nkvhead) return;
-        low = rounded<T>(low + p.low);
-        high = rounded<T>(high + p.high);
-        if (head < a.nhead + a.nkvhead) {
-            const float ac = rounded<T>(low * p.c), bs = rounded<T>(high * p.s), bc = rounded<T>(high * p.c),
-                        as = rounded<T>(low * p.s);
-            low = ac - bs;
-            high = bc + as;
-        }
-        T *to;
-        if (head < a.nhead) {
-            to = (T *)a.q + (row * a.nhead + head) * a.head_dim;
-        } else {
-            const bool is_v = head >= a.nhead + a.nkvhead;
-            const size_t kvhead = (head - a.nhead) % a.nkvhead;
-            to = (T *)(is_v ? a.v_cache : a.k_cache) + slot.at + kvhead * a.kv_block * a.head_dim;
-        }
-        to[j] = from_float<T>(low);
-        to[j + half] = from_float<T>(high);
-    } else if (E == SWIGLU) {
-        const size_t j = tile * 8 + g;
-        if (j >= a.half) return;
-        const float gate = rounded<T>(low), up = rounded<T>(high);
-        ((T *)a.out)[row * a.half + j] = from_float<T>(rounded<T>(gate / (1.0f + expf(-gate))) * up);
-    } else {
-        const size_t n = tile * LLA_TILE + g;
-        T *out = (T *)a.out + row * a.n + n;
-        if (n < a.n) out[0] = E == ADD ? from_float<T>(p.low + rounded<T>(low)) : from_float<T>(low);
-        if (n + 8 < a.n) out[8] = E == ADD ? from_float<T>(p.high + rounded<T>(high)) : from_float<T>(high);
-    }
-}
 
 /* staged [rows, pitch] = rows first .. first + rows of x as they are. */
 template <class T, int W>
@@ -366,9 +206,9 @@ __global__ void __launch_bounds__(32 * W, NT <= 2 && W == 8 ? 2 : 1) linear_kern
     }
 }
 
-/* Warps of a block: K is cut into as many parts. K and the op decide, nothing else. */
+/* Warps of a block: one for each part of K. */
 template <Epilogue E> size_t warps_for(const Linear &a) {
-    return E == ADD && a.k >= 4096 ? 16 : 8;
+    return (size_t)1 << part_bits<E>(a.k);
 }
 
 /* Bytes of shared memory of a block, for the rows that the bucket can have. */
@@ -393,17 +233,10 @@ lla_status launch_linear(const lla_cuda_ctx *ctx, const char *name, const Linear
 /* Rows of a block: as many groups of eight as the bucket has and shared memory holds; a projection without a norm can
  * do without shared memory. Results do not depend on any of it. */
 template <class T, Epilogue E> lla_status dispatch(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
-    auto fits = [&](size_t nt) { return shared_bytes<T, E>(a, nt, true) <= ctx->max_smem; };
-    if constexpr (std::is_same<T, float>::value) { /* for correctness, not speed: one width is enough */
-        if (fits(1)) return launch_linear<T, 1, E, true>(ctx, name, a);
-        if (!a.norm) return launch_linear<T, 1, ADD, false>(ctx, name, a);
-    } else {
-        if (a.max_rows > 16 && fits(8)) return launch_linear<T, 8, E, true>(ctx, name, a);
-        if (a.max_rows > 16 && !a.norm) return launch_linear<T, 8, ADD, false>(ctx, name, a);
-        if (a.max_rows > 8 && fits(2)) return launch_linear<T, 2, E, true>(ctx, name, a);
-        if (fits(1)) return launch_linear<T, 1, E, true>(ctx, name, a);
-        if (!a.norm) return launch_linear<T, 1, ADD, false>(ctx, name, a);
-    }
+    if constexpr (!std::is_same<T, float>::value)
+        if (has_many_rows<T>(a)) return linear_many<T, E>(ctx, name, a);
+    if (shared_bytes<T, E>(a, 1, true) <= ctx->max_smem) return launch_linear<T, 1, E, true>(ctx, name, a);
+    if (!a.norm) return launch_linear<T, 1, ADD, false>(ctx, name, a);
     return lla_fail(LLA_ELIMIT, "%s: eight rows of %zu elements do not fit in %zu bytes of shared memory", name, a.k,
                     ctx->max_smem);
 }
@@ -418,6 +251,7 @@ lla_status lla_cuda_qkv(const lla_cuda_ctx *ctx, const lla_qkv_args *args) {
     a.max_rows = ctx->rows;
     a.x = m + args->x;
     a.norm = m + args->norm;
+    a.normed = m + args->normed;
     a.w = m + args->w;
     a.n = (d.nhead + 2 * d.nkvhead) * d.head_dim;
     a.k = d.hidden;
@@ -457,6 +291,7 @@ lla_status lla_cuda_gate_up(const lla_cuda_ctx *ctx, const lla_gate_up_args *arg
     a.max_rows = ctx->rows;
     a.x = ctx->arena + args->x;
     a.norm = ctx->arena + args->norm;
+    a.normed = ctx->arena + args->normed;
     a.w = ctx->arena + args->w;
     a.out = ctx->arena + args->act;
     a.n = 2 * ctx->dims.ffn;
@@ -474,6 +309,7 @@ lla_status lla_cuda_head(const lla_cuda_ctx *ctx, const lla_head_args *args) {
     a.index = (const int32_t *)(ctx->arena + ctx->io.logit_rows);
     a.x = ctx->arena + args->x;
     a.norm = ctx->arena + args->norm;
+    a.normed = ctx->arena + args->normed;
     a.w = ctx->arena + args->w;
     a.out = ctx->arena + args->logits;
     a.n = ctx->dims.vocab;

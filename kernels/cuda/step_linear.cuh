@@ -1,0 +1,182 @@
+/* step_linear.cuh: what the step's matrix products share, for few rows (step_linear.cu) and for many
+ * (step_linear_many.cu): the arguments, the norm, and what becomes of a product's sums. */
+#ifndef LLA_STEP_LINEAR_CUH
+#define LLA_STEP_LINEAR_CUH
+
+#include "step.cuh"
+
+enum Epilogue { QKV, ADD, SWIGLU, STORE };
+
+struct Linear {
+    const lla_step_header *header;
+    size_t max_rows;      /* of the bucket */
+    bool by_logit;        /* rows are the step's logit rows */
+    const int32_t *index; /* by_logit: row of x that a logit row reads */
+    const void *x;        /* [rows, k] */
+    const void *norm;     /* [k], or NULL */
+    void *normed;         /* [rows, k]: where the norm goes if it is a kernel of its own */
+    const void *w;        /* packed */
+    void *out;            /* STORE: [rows, n]; ADD: [rows, n], added to; SWIGLU: [rows, n / 2] */
+    size_t n, k, half;
+    float eps;
+    /* QKV */
+    const void *bias, *rope;
+    const int32_t *positions, *row_seq, *table;
+    void *q, *k_cache, *v_cache;
+    size_t nhead, nkvhead, head_dim, kv_block, max_blocks;
+};
+
+/* Row r of the step's activations is row source(r) of x. */
+__device__ __forceinline__ size_t source(const Linear &a, size_t r) {
+    return a.by_logit ? (size_t)a.index[r] : r;
+}
+
+/* staged [rows, pitch] = norm of rows first .. first + rows of x; one warp a row, or all warps the same row where there
+ * is one: a row's sum is always one warp's. */
+template <class T, int W>
+__device__ void stage_norm(const Linear &a, size_t first, size_t rows, T *staged, size_t pitch, int warp, int lane) {
+    constexpr int UNIT = 16 / sizeof(T), IN_FLIGHT = 6; /* elements of a 16-byte load, and loads at once */
+    const bool shared_row = rows == 1, wide = a.k % UNIT == 0;
+    const int place = shared_row ? threadIdx.x : lane, places = shared_row ? 32 * W : 32;
+    for (size_t r = shared_row ? 0 : warp; r < rows; r += W) {
+        const T *x = (const T *)a.x + source(a, first + r) * a.k, *norm = (const T *)a.norm;
+        T *to = staged + r * pitch;
+        float sum = 0;
+        if (wide) {
+            for (size_t i = lane; i < a.k / UNIT; i += 32 * IN_FLIGHT) {
+                uint4 v[IN_FLIGHT];
+#pragma unroll
+                for (int j = 0; j < IN_FLIGHT; j++)
+                    if (i + 32 * j < a.k / UNIT) v[j] = reinterpret_cast<const uint4 *>(x)[i + 32 * j];
+#pragma unroll
+                for (int j = 0; j < IN_FLIGHT; j++)
+                    if (i + 32 * j < a.k / UNIT)
+#pragma unroll
+                        for (int e = 0; e < UNIT; e++) {
+                            const float f = to_float<T>(reinterpret_cast<const T *>(&v[j])[e]);
+                            sum = fmaf(f, f, sum);
+                        }
+            }
+        } else {
+            for (size_t i = lane; i < a.k; i += 32) {
+                const float v = to_float<T>(x[i]);
+                sum = fmaf(v, v, sum);
+            }
+        }
+        for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+        const float scale = 1.0f / sqrtf(sum / (float)a.k + a.eps);
+        if (wide) {
+            for (size_t i = place; i < a.k / UNIT; i += places) { /* x comes from the first-level cache now */
+                const uint4 v = reinterpret_cast<const uint4 *>(x)[i], w = reinterpret_cast<const uint4 *>(norm)[i];
+                uint4 y;
+#pragma unroll
+                for (int e = 0; e < UNIT; e++)
+                    reinterpret_cast<T *>(&y)[e] =
+                        from_float<T>(to_float<T>(reinterpret_cast<const T *>(&w)[e]) *
+                                      rounded<T>(to_float<T>(reinterpret_cast<const T *>(&v)[e]) * scale));
+                reinterpret_cast<uint4 *>(to)[i] = y;
+            }
+            for (size_t i = a.k + place; i < pitch; i += places) to[i] = from_float<T>(0.0f);
+        } else {
+            for (size_t i = place; i < pitch; i += places)
+                to[i] = i < a.k ? from_float<T>(to_float<T>(norm[i]) * rounded<T>(to_float<T>(x[i]) * scale))
+                                : from_float<T>(0.0f);
+        }
+    }
+}
+
+/* Where keys and values of a row go: element offset of the position in the cache of KV head 0. */
+struct Slot {
+    size_t at;
+};
+
+__device__ __forceinline__ Slot slot_of(const Linear &a, size_t row) {
+    const size_t position = (size_t)a.positions[row];
+    const size_t block = (size_t)a.table[(size_t)a.row_seq[row] * a.max_blocks + position / a.kv_block];
+    return Slot{(block * a.nkvhead * a.kv_block + position % a.kv_block) * a.head_dim};
+}
+
+/* What an output needs beside its sums: bias, cosine and sine, or what it is added to. Requested before the product,
+ * used after it. */
+struct Operands {
+    float low, high, c, s;
+};
+
+/* AHEAD: only asks for the lines. */
+template <class T, Epilogue E, bool AHEAD>
+__device__ __forceinline__ Operands prepare(const Linear &a, size_t row, size_t tile, size_t g) {
+    Operands p = {};
+    if (E == QKV) {
+        const size_t pair = tile * 8 + g, head = pair / a.half, j = pair % a.half;
+        if (head >= a.nhead + 2 * a.nkvhead) return p;
+        const T *bias = (const T *)a.bias + head * a.head_dim,
+                *rope = (const T *)a.rope + (size_t)a.positions[row] * a.head_dim;
+        if (AHEAD) {
+            prefetch_l1(bias + j);
+            prefetch_l1(bias + j + a.half);
+            prefetch_l1(rope + j);
+            prefetch_l1(rope + j + a.half);
+            return p;
+        }
+        p = Operands{to_float<T>(bias[j]), to_float<T>(bias[j + a.half]), to_float<T>(rope[j]),
+                     to_float<T>(rope[j + a.half])};
+    } else if (E == ADD) {
+        const size_t n = tile * LLA_TILE + g;
+        if (n < a.n) p.low = to_float<T>(((const T *)a.out)[row * a.n + n]);
+        if (n + 8 < a.n) p.high = to_float<T>(((const T *)a.out)[row * a.n + n + 8]);
+    }
+    return p;
+}
+
+/* What becomes of the two sums of a tile's rows g and g + 8 for one row of the step. */
+template <class T, Epilogue E>
+__device__ __forceinline__ void finish(const Linear &a, size_t row, size_t tile, size_t g, float low, float high,
+                                       const Slot &slot, const Operands &p) {
+    if (E == QKV) {
+        const size_t pair = tile * 8 + g, half = a.half, head = pair / half, j = pair % half;
+        if (head >= a.nhead + 2 * a.nkvhead) return;
+        low = rounded<T>(low + p.low);
+        high = rounded<T>(high + p.high);
+        if (head < a.nhead + a.nkvhead) {
+            const float ac = rounded<T>(low * p.c), bs = rounded<T>(high * p.s), bc = rounded<T>(high * p.c),
+                        as = rounded<T>(low * p.s);
+            low = ac - bs;
+            high = bc + as;
+        }
+        T *to;
+        if (head < a.nhead) {
+            to = (T *)a.q + (row * a.nhead + head) * a.head_dim;
+        } else {
+            const bool is_v = head >= a.nhead + a.nkvhead;
+            const size_t kvhead = (head - a.nhead) % a.nkvhead;
+            to = (T *)(is_v ? a.v_cache : a.k_cache) + slot.at + kvhead * a.kv_block * a.head_dim;
+        }
+        to[j] = from_float<T>(low);
+        to[j + half] = from_float<T>(high);
+    } else if (E == SWIGLU) {
+        const size_t j = tile * 8 + g;
+        if (j >= a.half) return;
+        const float gate = rounded<T>(low), up = rounded<T>(high);
+        ((T *)a.out)[row * a.half + j] = from_float<T>(rounded<T>(gate / (1.0f + expf(-gate))) * up);
+    } else {
+        const size_t n = tile * LLA_TILE + g;
+        T *out = (T *)a.out + row * a.n + n;
+        if (n < a.n) out[0] = E == ADD ? from_float<T>(p.low + rounded<T>(low)) : from_float<T>(low);
+        if (n + 8 < a.n) out[8] = E == ADD ? from_float<T>(p.high + rounded<T>(high)) : from_float<T>(high);
+    }
+}
+
+/* The product for many rows; see step_linear_many.cu. */
+template <class T, Epilogue E> lla_status linear_many(const lla_cuda_ctx *ctx, const char *name, const Linear &a);
+
+/* Whether linear_many() takes it: 16-bit elements, more than eight rows, rows that lie on 16 bytes. */
+template <class T> bool has_many_rows(const Linear &a) {
+    return sizeof(T) == 2 && a.max_rows > 8 && a.k % 8 == 0;
+}
+
+/* log2 of the parts that K is cut into: eight, or sixteen where K is long (nodes.h). */
+template <Epilogue E> __host__ __device__ constexpr unsigned part_bits(size_t k) {
+    return E == ADD && k >= 4096 ? 4 : 3;
+}
+
+#endif

@@ -1,0 +1,321 @@
+/* step_linear_many.cu: the step's matrix products for 9 to 64 rows a block: x w^T + what follows, on packed weights
+ * (nodes.h), after a norm kernel of its own where there is a norm.
+ *
+ * A warp takes one row tile of the weights at a time, 16 rows, and multiplies it with all of the block's columns (rows
+ * of x). Weights and x come through a ring of stages in shared memory, filled by asynchronous copies; a stage holds KS
+ * column tiles of every warp's row tile (a lane reads back the 16 bytes that it copied), and the same columns of x for
+ * the whole block. The first stages' weights are requested before the wait for the kernel before.
+ *
+ * A tile's parts of K (nodes.h) are summed in one of two ways, with the same bits:
+ *   whole: the warp goes through the parts one after the other and adds each to a total in its registers. This wants
+ *     as many row tiles as there are warps on the GPU: gate and up, and the head.
+ *   split: eight blocks, a thread-block cluster, share the row tiles, and each takes an eighth of K, one part or two; a
+ *     block reads only its eighth of x. The parts' sums meet in the cluster's shared memory: block b gets those of
+ *     columns 8 b .. 8 b + 7, and adds them in order. Clusters exist from sm_90 on. */
+#include "step_linear.cuh"
+
+namespace {
+
+enum {
+    KS = 4,          /* column tiles of a stage */
+    ROW_BYTES = 128, /* of x in a stage: eight units of 16 bytes, swizzled by row */
+    PIECE = 512,     /* bytes of a 16 x 16 tile of weights, or of a 16 x 8 one of sums */
+    CLUSTER = 8,     /* blocks that share K */
+    MAX_WARPS = 12,  /* of a block */
+};
+struct Shape {
+    unsigned ntiles, ktiles;
+    unsigned slots; /* row tiles that a block, or a cluster, works on at once */
+    unsigned teams; /* blocks, or clusters */
+    unsigned ring;  /* stages that are ever filled at once */
+};
+
+template <class T> __global__ void __launch_bounds__(THREADS) norm_kernel(const Linear a) {
+    const size_t row = blockIdx.x;
+    pdl_launch_next();
+    const size_t rows = a.by_logit ? (size_t)a.header->nlogit : (size_t)a.header->nrow;
+    if (threadIdx.x * 128 < a.k * sizeof(T)) prefetch_l1((const char *)a.norm + threadIdx.x * 128);
+    pdl_wait();
+    if (row >= rows) return;
+    stage_norm<T, WARPS>(a, row, 1, (T *)a.normed + row * a.k, a.k, threadIdx.x / 32, threadIdx.x % 32);
+}
+
+/* Q: parts of K that the block works on at once (split). */
+template <class T, int NT, Epilogue E, bool SPLIT, int Q, int STAGES>
+__global__ void __launch_bounds__(32 * MAX_WARPS, 1) many_kernel(const Linear a, const Shape s) {
+    extern __shared__ __align__(128) char smem[];
+    constexpr unsigned COLS = 8 * NT, X_BYTES = Q * COLS * ROW_BYTES;
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    constexpr unsigned PARTS = CLUSTER * Q; /* of a split K */
+    const unsigned bits = part_bits<E>(a.k), parts = 1u << bits;
+    const unsigned rank = SPLIT ? blockIdx.x % CLUSTER : 0, team = SPLIT ? blockIdx.x / CLUSTER : blockIdx.x;
+    const unsigned slot = warp % s.slots, q = warp / s.slots; /* the warp's row tile and part */
+    const unsigned stage_bytes = X_BYTES + warps * KS * PIECE;
+    const uint32_t ring = shared_address(smem), barrier = ring + s.ring * stage_bytes,
+                   outbox = barrier + 128; /* split: [CLUSTER][Q][boxes][PIECE] */
+
+    /* The order in which stages are filled and used: round by round of row tiles, part by part, piece by piece. */
+    const unsigned pieces = ((s.ktiles + parts - 1) / parts + KS - 1) / KS; /* of the longest part */
+    const unsigned parts_in_turn = SPLIT ? 1 : parts, round_tiles = s.teams * s.slots;
+    const unsigned stages = (s.ntiles + round_tiles - 1) / round_tiles * parts_in_turn * pieces;
+    auto part_start = [&](unsigned p) { return s.ktiles * p >> bits; };
+
+    struct Request { /* what the next stage to be filled holds */
+        unsigned tile, part, piece, stage;
+        unsigned kt, end; /* column tiles of this warp's weights: from here, and the end of the part */
+        const char *w;    /* this lane's 16 bytes of the first */
+    } ask = {};
+    auto ask_part = [&] {
+        const unsigned p = SPLIT ? rank * Q + q : ask.part;
+        ask.kt = part_start(p);
+        ask.end = ask.tile < s.ntiles ? part_start(p + 1) : 0;
+        ask.w = (const char *)a.w + ((size_t)ask.tile * s.ktiles + ask.kt) * PIECE + lane * 16;
+    };
+    auto ask_first = [&] {
+        ask.tile = team * s.slots + slot;
+        ask.part = ask.piece = ask.stage = 0;
+        ask_part();
+    };
+    auto ask_next = [&] {
+        if (++ask.stage == STAGES) ask.stage = 0;
+        ask.kt += KS;
+        ask.w += KS * PIECE;
+        if (++ask.piece < pieces) return;
+        ask.piece = 0;
+        if (++ask.part == parts_in_turn) {
+            ask.part = 0;
+            ask.tile += round_tiles;
+        }
+        ask_part();
+    };
+    auto request_weights = [&] {
+        const uint32_t to = ring + ask.stage * stage_bytes + X_BYTES + warp * KS * PIECE + lane * 16;
+#pragma unroll
+        for (unsigned d = 0; d < KS; d++) cp_async_16(to + d * PIECE, ask.w + d * PIECE, ask.kt + d < ask.end);
+    };
+
+    /* split: block n + NT (slot % SPREAD) of the cluster adds the sums of columns 8 n .. 8 n + 7 of a row tile */
+    constexpr unsigned SPREAD = CLUSTER / NT;
+    const unsigned boxes = (s.slots + SPREAD - 1) / SPREAD, box_bytes = Q * boxes * PIECE;
+    const uint32_t inbox = outbox + CLUSTER * box_bytes; /* [CLUSTER][Q] = [PARTS][boxes][PIECE] */
+    unsigned round = 0;
+
+    pdl_launch_next();
+    if (SPLIT) {
+        if (threadIdx.x == 0) mbarrier_init(barrier, 1);
+        cluster_arrive_relaxed();
+    }
+    ask_first();
+    for (int i = 0; i < STAGES - 1; i++) {
+        request_weights();
+        ask_next();
+    }
+    /* step inputs were there before the step's first kernel began */
+    const unsigned total_rows = (unsigned)(a.by_logit ? a.header->nlogit : a.header->nrow), col0 = blockIdx.y * COLS;
+    const unsigned rows = col0 >= total_rows ? 0 : min(total_rows - col0, COLS);
+    const char *x = (const char *)(a.norm ? a.normed : a.x) + (size_t)col0 * a.k * sizeof(T);
+    const unsigned x_pitch = (unsigned)a.k * sizeof(T);
+    /* eight lanes a row */
+    auto request_x = [&](unsigned part, unsigned piece, unsigned stage) {
+        const unsigned unit = lane % 8;
+        for (unsigned r = 4 * warp + lane / 8; r < Q * COLS; r += 4 * warps) {
+            const unsigned p = SPLIT ? rank * Q + r / COLS : part, row = r % COLS;
+            const unsigned from = (part_start(p) + piece * KS) * 32 + unit * 16;
+            cp_async_16(ring + stage * stage_bytes + r * ROW_BYTES + ((unit ^ r % 8) << 4),
+                        x + (size_t)(row * x_pitch) + from, row < rows && from < min(part_start(p + 1) * 32, x_pitch));
+        }
+    };
+
+    /* split: this lane ends with the sums of columns col and col + 1 for rows g and g + 8 of the tile in slot my_slot:
+     * block n + NT (slot % SPREAD) of the cluster adds those of columns 8 n .. 8 n + 7. */
+    const unsigned col = 8 * (rank % NT) + lane % 4 * 2, g = lane / 4, my_slot = warp * SPREAD + rank / NT;
+    const bool reader = 8 * (rank % NT) < rows;
+    unsigned tile0 = team * s.slots; /* slot 0's tile of the round */
+    bool mine = false;
+    Operands operands[2] = {};
+    Slot slots[2] = {};
+    auto fetch = [&] {
+        mine = reader && my_slot < s.slots && tile0 + my_slot < s.ntiles;
+#pragma unroll
+        for (unsigned e = 0; e < 2; e++)
+            if (mine && col + e < rows) {
+                operands[e] = prepare<T, E, false>(a, col0 + col + e, tile0 + my_slot, g);
+                if (E == QKV) slots[e] = slot_of(a, col0 + col + e);
+            }
+    };
+    if (SPLIT && E == QKV) fetch(); /* nothing of it comes from the kernel before */
+    pdl_wait();
+    if (!rows) {
+        cp_async_wait<0>();
+        if (SPLIT) cluster_wait();
+        return;
+    }
+    ask_first();
+    for (int i = 0; i < STAGES - 1; i++) {
+        request_x(ask.part, ask.piece, ask.stage);
+        cp_async_commit();
+        ask_next();
+    }
+    if (SPLIT && E != QKV) fetch();
+
+    float acc[NT][4] = {}, total[SPLIT ? 1 : NT][4];
+    const uint32_t my_x = q * COLS * ROW_BYTES + (lane / 16 * 8 + lane % 8) * ROW_BYTES; /* for ldmatrix */
+    const unsigned my_unit = lane / 8 % 2, swizzle = lane % 8;
+    unsigned part = 0, piece = 0, at = 0; /* what stage i holds, and where it lies */
+    for (unsigned i = 0; i < stages; i++) {
+        cp_async_wait<STAGES - 2>();
+        __syncthreads();
+        if (i + STAGES - 1 < stages) {
+            request_weights();
+            request_x(ask.part, ask.piece, ask.stage);
+            ask_next();
+        }
+        cp_async_commit();
+        const uint32_t stage = ring + at * stage_bytes, weights = stage + X_BYTES + warp * KS * PIECE + lane * 16;
+        if (++at == STAGES) at = 0;
+#pragma unroll
+        for (unsigned d = 0; d < KS; d++) {
+            const uint4 w = load_shared_16(weights + d * PIECE);
+#pragma unroll
+            for (int n = 0; n < NT; n += 2) {
+                const uint4 b = ldmatrix_x4(stage + my_x + n * 8 * ROW_BYTES + (((2 * d + my_unit) ^ swizzle) << 4));
+                mma_16816<T>(acc[n], w, make_uint2(b.x, b.y));
+                mma_16816<T>(acc[n + 1], w, make_uint2(b.z, b.w));
+            }
+        }
+        if (++piece < pieces) continue;
+        piece = 0;
+        if constexpr (!SPLIT) {
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+#pragma unroll
+                for (int c = 0; c < 4; c++) {
+                    total[n][c] = part ? total[n][c] + acc[n][c] : acc[n][c];
+                    acc[n][c] = 0;
+                }
+            if (++part < parts) continue;
+            part = 0;
+            const unsigned tile = tile0 + slot;
+            tile0 += round_tiles;
+            if (tile >= s.ntiles) continue;
+            /* c0, c1 of a fragment are weight row g, columns 2t and 2t + 1; c2, c3 row g + 8 */
+#pragma unroll
+            for (int n = 0; n < NT; n++)
+#pragma unroll
+                for (unsigned e = 0; e < 2; e++) {
+                    const unsigned row = 8 * n + lane % 4 * 2 + e;
+                    if (row >= rows) continue;
+                    finish<T, E>(a, col0 + row, tile, g, total[n][e], total[n][2 + e],
+                                 E == QKV ? slot_of(a, col0 + row) : Slot{},
+                                 prepare<T, E, false>(a, col0 + row, tile, g));
+                }
+        } else {
+            cluster_wait(); /* every block of the cluster runs, and has read the sums of the round before */
+#pragma unroll
+            for (unsigned n = 0; n < NT; n++) {
+                const unsigned to = n + slot % SPREAD * NT;
+                store_shared_16(outbox + (((to * Q + q) * boxes + slot / SPREAD) * 32 + lane) * 16,
+                                *reinterpret_cast<const uint4 *>(acc[n]));
+#pragma unroll
+                for (int c = 0; c < 4; c++) acc[n][c] = 0;
+            }
+            fence_shared_async();
+            if (reader && threadIdx.x == 0) mbarrier_expect(barrier, CLUSTER * box_bytes);
+            __syncthreads();
+            if (threadIdx.x < CLUSTER && 8 * (threadIdx.x % NT) < rows)
+                copy_to_cluster(inbox + rank * box_bytes, outbox + threadIdx.x * box_bytes, box_bytes, barrier,
+                                threadIdx.x);
+            if (reader) mbarrier_wait(barrier, round++ & 1);
+            __syncwarp();
+            float sum[4] = {};
+            if (mine) {
+#pragma unroll
+                for (unsigned p = 0; p < PARTS; p++) {
+                    const uint4 raw = load_shared_16(inbox + ((p * boxes + warp) * 32 + lane) * 16);
+#pragma unroll
+                    for (int c = 0; c < 4; c++) {
+                        const float v = reinterpret_cast<const float *>(&raw)[c];
+                        sum[c] = p ? sum[c] + v : v;
+                    }
+                }
+            }
+            if (i + 1 < stages)
+                cluster_arrive();
+            else
+                cluster_arrive_relaxed();
+#pragma unroll
+            for (unsigned e = 0; e < 2; e++)
+                if (mine && col + e < rows)
+                    finish<T, E>(a, col0 + col + e, tile0 + my_slot, g, sum[e], sum[2 + e], slots[e], operands[e]);
+            tile0 += round_tiles;
+            if (i + 1 < stages) fetch();
+        }
+    }
+    if (SPLIT) cluster_wait(); /* the outbox may still be on its way */
+}
+
+/* How `most` teams, each of up to `max_slots` row tiles at once, share the row tiles in the fewest rounds. */
+Shape shape_for(size_t ntiles, size_t ktiles, size_t most, size_t max_slots) {
+    const size_t each = (ntiles + most - 1) / most, rounds = (each + max_slots - 1) / max_slots,
+                 slots = (each + rounds - 1) / rounds;
+    const size_t teams = (ntiles + slots - 1) / slots;
+    return Shape{(unsigned)ntiles, (unsigned)ktiles, (unsigned)slots, (unsigned)(teams < most ? teams : most), 0};
+}
+
+template <class T, int NT, Epilogue E, bool SPLIT, int Q, int STAGES>
+lla_status launch_many(const lla_cuda_ctx *ctx, const char *name, const Linear &a, bool *done) {
+    auto *kernel = many_kernel<T, NT, E, SPLIT, Q, STAGES>;
+    const size_t ntiles = a.half ? (a.n / 2 + 7) / 8 : tiles_of(a.n), ktiles = tiles_of(a.k);
+    size_t most = (size_t)ctx->sm_count / (SPLIT ? CLUSTER : 1);
+    if (SPLIT) {
+        cudaFuncAttributes attributes;
+        const cudaError_t e = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void *>(kernel));
+        if (e != cudaSuccess) return lla_fail(LLA_EDEVICE, "%s: %s", name, cudaGetErrorString(e));
+        if (attributes.ptxVersion < 90 || !most) return LLA_OK; /* no clusters */
+    }
+    Shape s = shape_for(ntiles, ktiles, most, MAX_WARPS / Q);
+    const size_t parts = (size_t)1 << part_bits<E>(a.k), tiles = s.teams * s.slots;
+    const size_t stages =
+        (ntiles + tiles - 1) / tiles * (SPLIT ? 1 : parts) * (((ktiles + parts - 1) / parts + KS - 1) / KS);
+    s.ring = stages < STAGES ? STAGES - 1 : STAGES;
+    const size_t smem = s.ring * (Q * 8 * NT * ROW_BYTES + s.slots * Q * KS * PIECE) +
+                        (SPLIT ? 128 + 2 * CLUSTER * Q * ((s.slots * NT + CLUSTER - 1) / CLUSTER) * PIECE : 0);
+    if (smem > ctx->max_smem) return LLA_OK;
+    const dim3 grid(s.teams * (SPLIT ? CLUSTER : 1), (unsigned)((a.max_rows + 8 * NT - 1) / (8 * NT)));
+    *done = true;
+    return launch_clusters(ctx, name, kernel, grid, (int)(32 * Q * s.slots), smem, SPLIT ? CLUSTER : 1, a, s);
+}
+
+/* Split where a tile a warp would leave most of the GPU idle, if the GPU can; as many stages as fit. */
+template <class T, int NT, Epilogue E>
+lla_status launch_rows(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
+    bool done = false;
+    if constexpr (E == ADD)
+        if (part_bits<E>(a.k) == 4) {
+            LLA_TRY((launch_many<T, NT, E, true, 2, 4>(ctx, name, a, &done)));
+            if (!done) LLA_TRY((launch_many<T, NT, E, true, 2, 3>(ctx, name, a, &done)));
+        }
+    if constexpr (E == ADD || E == QKV)
+        if (part_bits<E>(a.k) == 3) LLA_TRY((launch_many<T, NT, E, true, 1, 4>(ctx, name, a, &done)));
+    if (!done) LLA_TRY((launch_many<T, NT, E, false, 1, 4>(ctx, name, a, &done)));
+    if (!done) LLA_TRY((launch_many<T, NT, E, false, 1, 2>(ctx, name, a, &done)));
+    if (done) return LLA_OK;
+    return lla_fail(LLA_ELIMIT, "%s: two stages do not fit in %zu bytes of shared memory", name, ctx->max_smem);
+}
+
+} // namespace
+
+template <class T, Epilogue E> lla_status linear_many(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
+    if (a.norm) LLA_TRY(launch(ctx, name, norm_kernel<T>, dim3((unsigned)a.max_rows), THREADS, 0, a));
+    if (a.max_rows <= 16) return launch_rows<T, 2, E>(ctx, name, a);
+    if (a.max_rows <= 32) return launch_rows<T, 4, E>(ctx, name, a);
+    return launch_rows<T, 8, E>(ctx, name, a);
+}
+
+#define MANY(T)                                                                                                        \
+    template lla_status linear_many<T, QKV>(const lla_cuda_ctx *, const char *, const Linear &);                       \
+    template lla_status linear_many<T, ADD>(const lla_cuda_ctx *, const char *, const Linear &);                       \
+    template lla_status linear_many<T, SWIGLU>(const lla_cuda_ctx *, const char *, const Linear &);                    \
+    template lla_status linear_many<T, STORE>(const lla_cuda_ctx *, const char *, const Linear &);
+MANY(__nv_bfloat16)
+MANY(__half)
