@@ -23,13 +23,16 @@ enum {
     CLUSTER = 8,     /* blocks that share K */
     MAX_WARPS = 12,  /* of a block */
 };
+
+/* How the row tiles are shared. */
 struct Shape {
     unsigned ntiles, ktiles;
     unsigned slots; /* row tiles that a block, or a cluster, works on at once */
     unsigned teams; /* blocks, or clusters */
-    unsigned ring;  /* stages that are ever filled at once */
+    unsigned ring;  /* stages that shared memory has room for: fewer than STAGES where there are not as many */
 };
 
+/* normed = norm of x, a block a row. */
 template <class T> __global__ void __launch_bounds__(THREADS) norm_kernel(const Linear a) {
     const size_t row = blockIdx.x;
     pdl_launch_next();
@@ -40,19 +43,21 @@ template <class T> __global__ void __launch_bounds__(THREADS) norm_kernel(const 
     stage_norm<T, WARPS>(a, row, 1, (T *)a.normed + row * a.k, a.k, threadIdx.x / 32, threadIdx.x % 32);
 }
 
-/* Q: parts of K that the block works on at once (split). */
+/* 8 NT columns a block (blockIdx.y chooses which). SPLIT: K is split over a cluster, and the block works on Q parts of
+ * it at once; its warps are [Q][slots]. STAGES of the ring: all but one are on their way while one is multiplied. */
 template <class T, int NT, Epilogue E, bool SPLIT, int Q, int STAGES>
 __global__ void __launch_bounds__(32 * MAX_WARPS, 1) many_kernel(const Linear a, const Shape s) {
     extern __shared__ __align__(128) char smem[];
     constexpr unsigned COLS = 8 * NT, X_BYTES = Q * COLS * ROW_BYTES;
-    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     constexpr unsigned PARTS = CLUSTER * Q; /* of a split K */
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const unsigned bits = part_bits<E>(a.k), parts = 1u << bits;
     const unsigned rank = SPLIT ? blockIdx.x % CLUSTER : 0, team = SPLIT ? blockIdx.x / CLUSTER : blockIdx.x;
     const unsigned slot = warp % s.slots, q = warp / s.slots; /* the warp's row tile and part */
+    /* shared memory: the ring [ring][x [Q][COLS][ROW_BYTES], weights [warps][KS][PIECE]]; split: a barrier, what goes
+     * to the cluster's blocks and what comes from them, [CLUSTER][Q][boxes][PIECE] each */
     const unsigned stage_bytes = X_BYTES + warps * KS * PIECE;
-    const uint32_t ring = shared_address(smem), barrier = ring + s.ring * stage_bytes,
-                   outbox = barrier + 128; /* split: [CLUSTER][Q][boxes][PIECE] */
+    const uint32_t ring = shared_address(smem), barrier = ring + s.ring * stage_bytes, outbox = barrier + 128;
 
     /* The order in which stages are filled and used: round by round of row tiles, part by part, piece by piece. */
     const unsigned pieces = ((s.ktiles + parts - 1) / parts + KS - 1) / KS; /* of the longest part */
@@ -94,10 +99,10 @@ __global__ void __launch_bounds__(32 * MAX_WARPS, 1) many_kernel(const Linear a,
         for (unsigned d = 0; d < KS; d++) cp_async_16(to + d * PIECE, ask.w + d * PIECE, ask.kt + d < ask.end);
     };
 
-    /* split: block n + NT (slot % SPREAD) of the cluster adds the sums of columns 8 n .. 8 n + 7 of a row tile */
+    /* Block n + NT (slot % SPREAD) of the cluster adds the sums of columns 8 n .. 8 n + 7 of a slot's tile. */
     constexpr unsigned SPREAD = CLUSTER / NT;
     const unsigned boxes = (s.slots + SPREAD - 1) / SPREAD, box_bytes = Q * boxes * PIECE;
-    const uint32_t inbox = outbox + CLUSTER * box_bytes; /* [CLUSTER][Q] = [PARTS][boxes][PIECE] */
+    const uint32_t inbox = outbox + CLUSTER * box_bytes; /* [CLUSTER][Q] are the parts in order */
     unsigned round = 0;
 
     pdl_launch_next();
@@ -126,8 +131,7 @@ __global__ void __launch_bounds__(32 * MAX_WARPS, 1) many_kernel(const Linear a,
         }
     };
 
-    /* split: this lane ends with the sums of columns col and col + 1 for rows g and g + 8 of the tile in slot my_slot:
-     * block n + NT (slot % SPREAD) of the cluster adds those of columns 8 n .. 8 n + 7. */
+    /* split: this lane ends with the sums of columns col, col + 1 and rows g, g + 8 of the tile in slot my_slot. */
     const unsigned col = 8 * (rank % NT) + lane % 4 * 2, g = lane / 4, my_slot = warp * SPREAD + rank / NT;
     const bool reader = 8 * (rank % NT) < rows;
     unsigned tile0 = team * s.slots; /* slot 0's tile of the round */
@@ -262,6 +266,7 @@ Shape shape_for(size_t ntiles, size_t ktiles, size_t most, size_t max_slots) {
     return Shape{(unsigned)ntiles, (unsigned)ktiles, (unsigned)slots, (unsigned)(teams < most ? teams : most), 0};
 }
 
+/* Launches the kernel where the GPU has the clusters and the shared memory, and says so. */
 template <class T, int NT, Epilogue E, bool SPLIT, int Q, int STAGES>
 lla_status launch_many(const lla_cuda_ctx *ctx, const char *name, const Linear &a, bool *done) {
     auto *kernel = many_kernel<T, NT, E, SPLIT, Q, STAGES>;
@@ -271,7 +276,7 @@ lla_status launch_many(const lla_cuda_ctx *ctx, const char *name, const Linear &
         cudaFuncAttributes attributes;
         const cudaError_t e = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void *>(kernel));
         if (e != cudaSuccess) return lla_fail(LLA_EDEVICE, "%s: %s", name, cudaGetErrorString(e));
-        if (attributes.ptxVersion < 90 || !most) return LLA_OK; /* no clusters */
+        if (attributes.ptxVersion < 90 || !most) return LLA_OK; /* compiled for GPUs without clusters */
     }
     Shape s = shape_for(ntiles, ktiles, most, MAX_WARPS / Q);
     const size_t parts = (size_t)1 << part_bits<E>(a.k), tiles = s.teams * s.slots;
@@ -286,7 +291,8 @@ lla_status launch_many(const lla_cuda_ctx *ctx, const char *name, const Linear &
     return launch_clusters(ctx, name, kernel, grid, (int)(32 * Q * s.slots), smem, SPLIT ? CLUSTER : 1, a, s);
 }
 
-/* Split where a tile a warp would leave most of the GPU idle, if the GPU can; as many stages as fit. */
+/* Split where a tile a warp would leave most of the GPU idle, if the GPU has clusters. Four stages keep 54 to 72 KB of
+ * weights on their way to an SM. */
 template <class T, int NT, Epilogue E>
 lla_status launch_rows(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
     bool done = false;
