@@ -102,6 +102,22 @@ __device__ __forceinline__ uint4 ldmatrix_x4_trans(uint32_t address) {
     return r;
 }
 
+__device__ __forceinline__ uint4 load_shared_16(uint32_t from) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(from)
+                 : "memory");
+    return v;
+}
+
+/* Transposes an 8 x 8 matrix of 16-bit elements that a warp holds: lane l has elements 2 (l % 4), + 1 of row l / 4. */
+__device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
+    uint32_t r;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+    return r;
+}
+
 /* ---- programmatic dependent launch (sm_90 and newer; nothing elsewhere) ---- */
 
 /* Lets the next kernel of the stream start; it may not read what this one writes before its own pdl_wait(). */
