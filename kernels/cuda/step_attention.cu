@@ -5,6 +5,7 @@
  * a row and KV head to arrive merges the splits, in order. Where a step has more splits than `partial` holds (prompts),
  * a block takes a whole row and merges as it goes: the same numbers in the same order. */
 #include "step.cuh"
+#include "step_many.h"
 
 namespace {
 
@@ -291,6 +292,7 @@ template <class T> __global__ void __launch_bounds__(THREADS, 2) attention_kerne
 } // namespace
 
 lla_status lla_cuda_attention(const lla_cuda_ctx *ctx, const lla_attention_args *args) {
+    if (lla_many_attention_takes(ctx)) return lla_many_attention(ctx, args);
     const lla_dims &d = ctx->dims;
     char *arena = ctx->arena;
     Attention a = {};

@@ -1,0 +1,302 @@
+/* step_flash.cu: attention for steps of many rows: a block takes some consecutive rows of one sequence and all query
+ * heads of a KV head, and walks the sequence's keys and values once for them.
+ *
+ * The order of sums is the one that all attention of the step keeps (step_attention.cu): splits of LLA_CUDA_SPLIT
+ * tokens from position 0. Within a split, scores, output and the sum of weights come from the tensor core, from zero,
+ * and weights are relative to the split's own maximum:
+ *
+ *     s = q k^T (log2(e) / sqrt(head_dim));  m = max s;  p = round(2^(s - m));  l = sum p;  o = p v
+ *
+ * and splits are merged in order: M' = max(M, m), a = 2^(M - M'), b = 2^(m - M'); O = O a + o b, L = L a + l b. Tokens
+ * behind a row's own have p = 0; their values are zeros, or those of later rows of the step.
+ *
+ * Rows of the block's matrix: row m is query head m % group of the step's row m / group. A warp has 32 of them: what it
+ * reads of keys and values then feeds two tensor core operands. */
+#include "step_many.h"
+#include "step_math.cuh"
+
+namespace {
+
+enum { SPLIT = LLA_CUDA_SPLIT, FLASH_WARPS = 4, FLASH_THREADS = 32 * FLASH_WARPS, TILE_ROWS = 32 * FLASH_WARPS };
+
+struct Flash {
+    const lla_step_header *header;
+    const int32_t *positions, *row_seq, *table;
+    const void *q, *k_cache, *v_cache;
+    void *out;
+    unsigned nhead, nkvhead, group, block_bits, max_blocks; /* 2^block_bits tokens a KV block */
+    float scale;                                            /* log2(e) / sqrt(head_dim) */
+};
+
+/* ---- which rows ---- */
+
+/* Rows [first, first + count) of the step, of one sequence, at positions from `position` on; count 0: none. */
+struct Rows {
+    unsigned first, count, position;
+};
+
+/* The order-th tile of the step, from the last. Tiles begin where a sequence does, and at positions that are multiples
+ * of `most`; words: scratch in shared memory, a bit a row of the step. All threads of the block call it. */
+__device__ Rows find_rows(const Flash &a, unsigned order, unsigned most, uint32_t *words) {
+    const unsigned rows = (unsigned)a.header->nrow, lane = threadIdx.x % 32, nword = (rows + 31) / 32;
+#pragma unroll 4
+    for (unsigned w = threadIdx.x / 32; w < nword; w += FLASH_WARPS) {
+        const unsigned r = w * 32 + lane;
+        bool starts = false;
+        if (r < rows) starts = r == 0 || a.row_seq[r] != a.row_seq[r - 1] || (unsigned)a.positions[r] % most == 0;
+        const uint32_t bits = __ballot_sync(~0u, starts);
+        if (lane == 0) words[w] = bits;
+    }
+    __syncthreads();
+    /* every warp: from the last words to the first, 32 at a time; `before`: starts in the words of lower lanes */
+    Rows found = {0, 0, 0};
+    for (unsigned seen = 0, from = 0; from < nword && !found.count; from += 32) {
+        const uint32_t bits = from + lane < nword ? words[nword - 1 - from - lane] : 0;
+        unsigned upto = __popc(bits);
+        for (int o = 1; o < 32; o *= 2) {
+            const unsigned other = __shfl_up_sync(~0u, upto, o);
+            if (lane >= (unsigned)o) upto += other;
+        }
+        const unsigned before = seen + upto - __popc(bits);
+        const bool mine = order >= before && order < seen + upto;
+        const uint32_t who = __ballot_sync(~0u, mine);
+        if (who) {
+            unsigned first = 0;
+            if (mine) { /* the (order - before)-th set bit from the top */
+                uint32_t rest = bits;
+                for (unsigned i = before; i < order; i++) rest &= ~(0x80000000u >> __clz(rest));
+                first = (nword - 1 - from - lane) * 32 + 31 - __clz(rest);
+            }
+            found.first = __shfl_sync(~0u, first, __ffs(who) - 1);
+            found.count = 1;
+        }
+        seen += __shfl_sync(~0u, upto, 31);
+    }
+    if (found.count) {
+        while (found.first + found.count < rows && found.count < most &&
+               !(words[(found.first + found.count) / 32] >> (found.first + found.count) % 32 & 1))
+            found.count++;
+        found.position = (unsigned)a.positions[found.first];
+    }
+    __syncthreads(); /* the scratch is free */
+    return found;
+}
+
+/* ---- the kernel ---- */
+
+/* Byte offset of unit u (16 bytes) of row r in a matrix of DIM columns in shared memory: the eight rows of an 8 x 8
+ * matrix lie in different banks. */
+template <int DIM> __device__ __forceinline__ unsigned place_of(unsigned r, unsigned u) {
+    return r * (DIM * 2) + (u ^ (r % 8)) * 16;
+}
+
+template <class T> constexpr uint32_t ONES = 0x3f803f80; /* two ones */
+template <> constexpr uint32_t ONES<__half> = 0x3c003c00;
+
+template <class T, int DIM> __global__ void __launch_bounds__(FLASH_THREADS, 2) flash_kernel(const Flash a) {
+    extern __shared__ __align__(128) char smem[]; /* q [TILE_ROWS, DIM], then twice: k, v [SPLIT, DIM] */
+    constexpr unsigned UNITS = DIM / 8, PASS = FLASH_THREADS / UNITS; /* rows that all threads copy at once */
+    constexpr unsigned Q_BYTES = TILE_ROWS * DIM * 2, KV_BYTES = SPLIT * DIM * 2;
+    static_assert(SPLIT % PASS == 0 && TILE_ROWS % PASS == 0 && PASS % 8 == 0, "every thread copies as many units");
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const unsigned kvhead = blockIdx.x % a.nkvhead, most = TILE_ROWS / a.group;
+    pdl_launch_next();
+    /* Step inputs were there before the step's first kernel began. */
+    const Rows rows = find_rows(a, blockIdx.x / a.nkvhead, most, reinterpret_cast<uint32_t *>(smem));
+    pdl_wait();
+    if (!rows.count) return;
+    const unsigned length = rows.position + rows.count; /* tokens that the last row sees */
+    const int32_t *table = a.table + (size_t)a.row_seq[rows.first] * a.max_blocks;
+    const uint32_t q_base = shared_address(smem), kv_base = q_base + Q_BYTES;
+
+    const unsigned copy_row = threadIdx.x / UNITS, copy_unit = threadIdx.x % UNITS;
+    const uint32_t copy_to = place_of<DIM>(copy_row, copy_unit);
+#pragma unroll
+    for (unsigned i = 0; i < TILE_ROWS / PASS; i++) {
+        const unsigned m = copy_row + i * PASS, row = m / a.group, head = kvhead * a.group + m % a.group;
+        const T *from = (const T *)a.q + ((size_t)(rows.first + row) * a.nhead + head) * DIM + copy_unit * 8;
+        cp_async_16(q_base + copy_to + i * PASS * (DIM * 2), from, row < rows.count);
+    }
+    const auto copy_split = [&](unsigned split) {
+        const uint32_t to = kv_base + split % 2 * (2 * KV_BYTES) + copy_to;
+#pragma unroll
+        for (unsigned i = 0; i < SPLIT / PASS; i++) {
+            const unsigned position = split * SPLIT + copy_row + i * PASS;
+            const bool inside = position < length; /* values behind the end must not be what memory held before */
+            size_t at = 0;
+            if (inside) {
+                const size_t block = (size_t)__ldg(table + (position >> a.block_bits));
+                const unsigned within = position & ((1u << a.block_bits) - 1);
+                at = ((((block * a.nkvhead + kvhead) << a.block_bits) + within) * DIM) + copy_unit * 8;
+            }
+            cp_async_16(to + i * PASS * (DIM * 2), (const T *)a.k_cache + at, inside);
+            cp_async_16(to + KV_BYTES + i * PASS * (DIM * 2), (const T *)a.v_cache + at, inside);
+        }
+        cp_async_commit();
+    };
+    copy_split(0);
+
+    /* this thread's four rows of the matrix: 16 i + 8 h + lane / 4 of the warp's 32 */
+    unsigned last[2][2]; /* the last position that a row sees */
+    float max[2][2], sum[2][2], o[2][DIM / 8][4] = {};
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const unsigned row = (warp * 32 + i * 16 + h * 8 + lane / 4) / a.group;
+            last[i][h] = rows.position + (row < rows.count ? row : rows.count - 1);
+            max[i][h] = -INFINITY;
+            sum[i][h] = 0;
+        }
+    /* operands by ldmatrix: q: rows 0-15 lower columns, then upper; k: rows 0-7 lower, 0-7 upper, 8-15 lower, 8-15
+     * upper; v, transposed: rows 0-15 of lower columns, then of upper */
+    const uint32_t q_at = q_base + (warp * 32 + lane % 16) * (DIM * 2), k_at = (lane % 8 + lane / 16 * 8) * (DIM * 2),
+                   v_at = KV_BYTES + lane % 16 * (DIM * 2);
+
+    for (unsigned split = 0; split * SPLIT < length; split++) {
+        cp_async_wait<0>();
+        __syncthreads(); /* the split is there for all, and nobody reads the one before */
+        if ((split + 1) * SPLIT < length) copy_split(split + 1);
+        const uint32_t kv = kv_base + split % 2 * (2 * KV_BYTES);
+
+        float s[2][SPLIT / 8][4] = {};
+#pragma unroll
+        for (unsigned d = 0; d < DIM / 16; d++) {
+            uint4 q[2];
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                q[i] = ldmatrix_x4(q_at + i * 16 * (DIM * 2) + ((2 * d + lane / 16) ^ (lane % 8)) * 16);
+#pragma unroll
+            for (int j = 0; j < SPLIT / 16; j++) {
+                const uint4 k =
+                    ldmatrix_x4(kv + k_at + j * 16 * (DIM * 2) + ((2 * d + lane / 8 % 2) ^ (lane % 8)) * 16);
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    mma_16816<T>(s[i][2 * j], q[i], make_uint2(k.x, k.y));
+                    mma_16816<T>(s[i][2 * j + 1], q[i], make_uint2(k.z, k.w));
+                }
+            }
+        }
+
+        const bool is_edge = (split + 1) * SPLIT > rows.position; /* some row does not see all tokens of the split */
+        uint4 p[2][SPLIT / 16]; /* as the first operand of p v, 16 tokens at a time */
+        float a_of[2][2], b_of[2][2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float top[2] = {-INFINITY, -INFINITY}, base[2];
+#pragma unroll
+            for (int j = 0; j < SPLIT / 8; j++)
+#pragma unroll
+                for (int c = 0; c < 4; c++) {
+                    s[i][j][c] = __fmul_rn(s[i][j][c], a.scale);
+                    if (is_edge && split * SPLIT + j * 8 + lane % 4 * 2 + c % 2 > last[i][c / 2])
+                        s[i][j][c] = -INFINITY;
+                    top[c / 2] = fmaxf(top[c / 2], s[i][j][c]);
+                }
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 1));
+                top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 2));
+                const float merged = fmaxf(max[i][h], top[h]);
+                a_of[i][h] = exp2_fast(max[i][h] - merged);
+                b_of[i][h] = exp2_fast(top[h] - merged);
+                max[i][h] = merged;
+                base[h] = top[h] == -INFINITY ? 0.0f : top[h]; /* a row that sees nothing here: all weights 0 */
+            }
+#pragma unroll
+            for (int j = 0; j < SPLIT / 16; j++) {
+                const auto weights = [&](const float(&x)[4], int h) {
+                    return pack_pair<T>(exp2_fast(__fsub_rn(x[2 * h], base[h])),
+                                        exp2_fast(__fsub_rn(x[2 * h + 1], base[h])));
+                };
+                p[i][j] = make_uint4(weights(s[i][2 * j], 0), weights(s[i][2 * j], 1), weights(s[i][2 * j + 1], 0),
+                                     weights(s[i][2 * j + 1], 1));
+            }
+            float l[4] = {};
+#pragma unroll
+            for (int j = 0; j < SPLIT / 16; j++) mma_16816<T>(l, p[i][j], make_uint2(ONES<T>, ONES<T>));
+#pragma unroll
+            for (int h = 0; h < 2; h++) sum[i][h] = __fmaf_rn(sum[i][h], a_of[i][h], __fmul_rn(l[2 * h], b_of[i][h]));
+        }
+
+        /* 32 columns of the output at a time */
+#pragma unroll
+        for (unsigned d = 0; d < DIM / 32; d++) {
+            float po[2][4][4] = {};
+#pragma unroll
+            for (int j = 0; j < SPLIT / 16; j++)
+#pragma unroll
+                for (unsigned n = 0; n < 2; n++) {
+                    const uint4 v = ldmatrix_x4_trans(kv + v_at + j * 16 * (DIM * 2) +
+                                                      ((4 * d + 2 * n + lane / 16) ^ (lane % 8)) * 16);
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        mma_16816<T>(po[i][2 * n], p[i][j], make_uint2(v.x, v.y));
+                        mma_16816<T>(po[i][2 * n + 1], p[i][j], make_uint2(v.z, v.w));
+                    }
+                }
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+#pragma unroll
+                for (unsigned n = 0; n < 4; n++)
+#pragma unroll
+                    for (int c = 0; c < 4; c++)
+                        o[i][4 * d + n][c] =
+                            __fmaf_rn(o[i][4 * d + n][c], a_of[i][c / 2], __fmul_rn(po[i][n][c], b_of[i][c / 2]));
+        }
+    }
+
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const unsigned m = warp * 32 + i * 16 + h * 8 + lane / 4, row = m / a.group;
+            if (row >= rows.count) continue;
+            T *out = (T *)a.out + ((size_t)(rows.first + row) * a.nhead + kvhead * a.group + m % a.group) * DIM;
+#pragma unroll
+            for (unsigned n = 0; n < DIM / 8; n++)
+                *(uint32_t *)(out + n * 8 + lane % 4 * 2) = pack_pair<T>(__fdiv_rn(o[i][n][2 * h], sum[i][h]),
+                                                                         __fdiv_rn(o[i][n][2 * h + 1], sum[i][h]));
+        }
+}
+
+template <class T, int DIM> lla_status launch_flash(const lla_cuda_ctx *ctx, const Flash &a) {
+    const size_t smem = TILE_ROWS * DIM * 2 + 4 * SPLIT * DIM * 2, most = TILE_ROWS / a.group;
+    /* a sequence's first and last tile may have few rows */
+    const size_t seqs = ctx->dims.max_seqs < ctx->rows ? ctx->dims.max_seqs : ctx->rows;
+    size_t tiles = ctx->rows / most + 2 * seqs;
+    if (tiles > ctx->rows) tiles = ctx->rows;
+    return launch(ctx, "attention", flash_kernel<T, DIM>, dim3((unsigned)(tiles * ctx->dims.nkvhead)), FLASH_THREADS,
+                  smem, a);
+}
+
+} // namespace
+
+bool lla_many_attention_takes(const lla_cuda_ctx *ctx) {
+    const lla_dims &d = ctx->dims;
+    return ctx->rows > LLA_FEW_ROWS && d.dtype != LLAISYS_DTYPE_F32 && (d.head_dim == 64 || d.head_dim == 128) &&
+           d.nhead / d.nkvhead <= TILE_ROWS && ctx->max_smem >= 96 * 1024;
+}
+
+lla_status lla_many_attention(const lla_cuda_ctx *ctx, const lla_attention_args *args) {
+    const lla_dims &d = ctx->dims;
+    char *m = ctx->arena;
+    Flash a = {};
+    a.header = (const lla_step_header *)(m + ctx->io.header);
+    a.positions = (const int32_t *)(m + ctx->io.positions);
+    a.row_seq = (const int32_t *)(m + ctx->io.row_seq);
+    a.table = (const int32_t *)(m + ctx->io.block_table);
+    a.q = m + args->q;
+    a.k_cache = m + args->k_cache;
+    a.v_cache = m + args->v_cache;
+    a.out = m + args->out;
+    a.nhead = (unsigned)d.nhead;
+    a.nkvhead = (unsigned)d.nkvhead;
+    a.group = (unsigned)(d.nhead / d.nkvhead);
+    while ((size_t)1 << a.block_bits < d.kv_block) a.block_bits++;
+    a.max_blocks = (unsigned)d.max_blocks;
+    a.scale = 1.4426950408889634f / sqrtf((float)d.head_dim);
+    if (d.dtype == LLAISYS_DTYPE_BF16)
+        return d.head_dim == 128 ? launch_flash<__nv_bfloat16, 128>(ctx, a) : launch_flash<__nv_bfloat16, 64>(ctx, a);
+    return d.head_dim == 128 ? launch_flash<__half, 128>(ctx, a) : launch_flash<__half, 64>(ctx, a);
+}
