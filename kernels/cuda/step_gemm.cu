@@ -127,10 +127,13 @@ lla_status launch_product(const lla_cuda_ctx *ctx, const char *name, const Produ
     const size_t tiles = (tiles_of(a.n) * 16 + S::BM - 1) / S::BM * ((ctx->rows + S::BN - 1) / S::BN);
     const size_t resident = (size_t)ctx->sm_count * S::RESIDENT;
     const dim3 grid((unsigned)(tiles < resident ? tiles : resident));
-    if constexpr (is_wgmma<S>)
-        return launch(ctx, name, wgmma_kernel<T, E, S>, grid, S::THREADS_, S::SMEM, a);
-    else
+    if constexpr (is_wgmma<S>) {
+        CUtensorMap map;
+        LLA_TRY(map_rows(a.x, ctx->rows, a.k, S::BN, &map));
+        return launch(ctx, name, wgmma_kernel<T, E, S>, grid, S::THREADS_ + FILLERS<S>, S::SMEM, a, map);
+    } else {
         return launch(ctx, name, product_kernel<T, E, S>, grid, S::THREADS_, S::SMEM, a);
+    }
 }
 
 /* Tiles that the busiest SM has, times a tile's size over its speed. */

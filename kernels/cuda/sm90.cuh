@@ -1,8 +1,11 @@
-/* wgmma.cuh: the tensor core's asynchronous products of sm_90a, as functions; everything is empty elsewhere. */
-#ifndef LLA_WGMMA_CUH
-#define LLA_WGMMA_CUH
+/* sm90.cuh: what only sm_90a has, as functions: asynchronous products, bulk copies and the barriers that they complete
+ * on. Everything is empty elsewhere. */
+#ifndef LLA_SM90_CUH
+#define LLA_SM90_CUH
 
 #include "ptx.cuh"
+
+#include <cuda.h> /* CUtensorMap */
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define LLA_SM90A_CODE
@@ -34,12 +37,80 @@ template <int N> __device__ __forceinline__ void wgmma_wait() {
 #endif
 }
 
-/* Shows what this thread's copies and stores wrote to shared memory to the products of all, behind a barrier. */
-__device__ __forceinline__ void wgmma_publish() {
+/* ---- barriers in shared memory ---- */
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, unsigned arrivals) {
 #ifdef LLA_SM90A_CODE
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 #endif
 }
+
+/* Shows the barriers that this thread initialised to bulk copies; before a __syncthreads(). */
+__device__ __forceinline__ void barriers_ready() {
+#ifdef LLA_SM90A_CODE
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+#ifdef LLA_SM90A_CODE
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+#endif
+}
+
+/* Arrives, and lets the phase end only when so many bytes have been copied, too. */
+__device__ __forceinline__ void barrier_arrive_for(uint32_t barrier, unsigned bytes) {
+#ifdef LLA_SM90A_CODE
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+#endif
+}
+
+/* Waits for the end of a phase: of the first, the third, ... for parity 0, of the others for parity 1. */
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, unsigned parity) {
+#ifdef LLA_SM90A_CODE
+    asm volatile("{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(
+                     barrier),
+                 "r"(parity)
+                 : "memory");
+#endif
+}
+
+/* ---- bulk copies to shared memory, which complete on a barrier ---- */
+
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void *from, unsigned bytes, uint32_t barrier) {
+#ifdef LLA_SM90A_CODE
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+#endif
+}
+
+/* The box of a matrix that begins at (row, column); what lies outside the matrix is zero. */
+__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, unsigned column, unsigned row,
+                                         uint32_t barrier) {
+#ifdef LLA_SM90A_CODE
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+                     "r"(to),
+                 "l"(map), "r"(column), "r"(row), "r"(barrier)
+                 : "memory");
+#endif
+}
+
+/* ---- registers ---- */
+
+/* Changes how many registers a thread of this group of four warps has. */
+template <int N> __device__ __forceinline__ void give_registers() {
+#ifdef LLA_SM90A_CODE
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+#endif
+}
+template <int N> __device__ __forceinline__ void take_registers() {
+#ifdef LLA_SM90A_CODE
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+#endif
+}
+
+/* ---- products ---- */
 
 /* Keeps the compiler from reading sums before a wait. */
 template <int NI> __device__ __forceinline__ void wgmma_arrived(float (&c)[NI][4]) {
