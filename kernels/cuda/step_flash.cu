@@ -94,7 +94,7 @@ template <class T> constexpr uint32_t ONES = 0x3f803f80; /* two ones */
 template <> constexpr uint32_t ONES<__half> = 0x3c003c00;
 
 template <class T, int DIM> __global__ void __launch_bounds__(FLASH_THREADS, 2) flash_kernel(const Flash a) {
-    extern __shared__ __align__(128) char smem[]; /* q [TILE_ROWS, DIM], then twice: k, v [SPLIT, DIM] */
+    extern __shared__ __align__(128) char smem[]; /* q [TILE_ROWS, DIM]; twice: k, v [SPLIT, DIM]; places */
     constexpr unsigned UNITS = DIM / 8, PASS = FLASH_THREADS / UNITS; /* rows that all threads copy at once */
     constexpr unsigned Q_BYTES = TILE_ROWS * DIM * 2, KV_BYTES = SPLIT * DIM * 2;
     static_assert(SPLIT % PASS == 0 && TILE_ROWS % PASS == 0 && PASS % 8 == 0, "every thread copies as many units");
@@ -117,23 +117,29 @@ template <class T, int DIM> __global__ void __launch_bounds__(FLASH_THREADS, 2) 
         const T *from = (const T *)a.q + ((size_t)(rows.first + row) * a.nhead + head) * DIM + copy_unit * 8;
         cp_async_16(q_base + copy_to + i * PASS * (DIM * 2), from, row < rows.count);
     }
+    /* Where the tokens of a split lie: row numbers of the cache, a split ahead of their use. */
+    auto *const places = reinterpret_cast<uint32_t(*)[SPLIT]>(smem + Q_BYTES + 4 * KV_BYTES); /* [4, SPLIT] */
+    const auto find_places = [&](unsigned split) {
+        const unsigned position = split * SPLIT + threadIdx.x, bits = a.block_bits;
+        if (threadIdx.x < SPLIT && position < length)
+            places[split % 4][threadIdx.x] = (((unsigned)table[position >> bits] * a.nkvhead + kvhead) << bits) +
+                                             (position & ((1u << bits) - 1));
+    };
     const auto copy_split = [&](unsigned split) {
         const uint32_t to = kv_base + split % 2 * (2 * KV_BYTES) + copy_to;
 #pragma unroll
         for (unsigned i = 0; i < SPLIT / PASS; i++) {
-            const unsigned position = split * SPLIT + copy_row + i * PASS;
-            const bool inside = position < length; /* values behind the end must not be what memory held before */
-            size_t at = 0;
-            if (inside) {
-                const size_t block = (size_t)__ldg(table + (position >> a.block_bits));
-                const unsigned within = position & ((1u << a.block_bits) - 1);
-                at = ((((block * a.nkvhead + kvhead) << a.block_bits) + within) * DIM) + copy_unit * 8;
-            }
+            const unsigned token = copy_row + i * PASS;
+            const bool inside = split * SPLIT + token < length; /* values behind the end must not be what was before */
+            const size_t at = inside ? (size_t)places[split % 4][token] * DIM + copy_unit * 8 : 0;
             cp_async_16(to + i * PASS * (DIM * 2), (const T *)a.k_cache + at, inside);
             cp_async_16(to + KV_BYTES + i * PASS * (DIM * 2), (const T *)a.v_cache + at, inside);
         }
         cp_async_commit();
     };
+    find_places(0);
+    find_places(1);
+    __syncthreads();
     copy_split(0);
 
     /* this thread's four rows of the matrix: 16 i + 8 h + lane / 4 of the warp's 32 */
@@ -157,6 +163,7 @@ template <class T, int DIM> __global__ void __launch_bounds__(FLASH_THREADS, 2) 
         cp_async_wait<0>();
         __syncthreads(); /* the split is there for all, and nobody reads the one before */
         if ((split + 1) * SPLIT < length) copy_split(split + 1);
+        find_places(split + 2);
         const uint32_t kv = kv_base + split % 2 * (2 * KV_BYTES);
 
         float s[2][SPLIT / 8][4] = {};
@@ -261,7 +268,7 @@ template <class T, int DIM> __global__ void __launch_bounds__(FLASH_THREADS, 2) 
 }
 
 template <class T, int DIM> lla_status launch_flash(const lla_cuda_ctx *ctx, const Flash &a) {
-    const size_t smem = TILE_ROWS * DIM * 2 + 4 * SPLIT * DIM * 2, most = TILE_ROWS / a.group;
+    const size_t smem = TILE_ROWS * DIM * 2 + 4 * SPLIT * DIM * 2 + 4 * SPLIT * sizeof(uint32_t), most = TILE_ROWS / a.group;
     /* a sequence's first and last tile may have few rows */
     const size_t seqs = ctx->dims.max_seqs < ctx->rows ? ctx->dims.max_seqs : ctx->rows;
     size_t tiles = ctx->rows / most + 2 * seqs;
@@ -275,7 +282,7 @@ template <class T, int DIM> lla_status launch_flash(const lla_cuda_ctx *ctx, con
 bool lla_many_attention_takes(const lla_cuda_ctx *ctx) {
     const lla_dims &d = ctx->dims;
     return ctx->rows > LLA_FEW_ROWS && d.dtype != LLAISYS_DTYPE_F32 && (d.head_dim == 64 || d.head_dim == 128) &&
-           d.nhead / d.nkvhead <= TILE_ROWS && ctx->max_smem >= 96 * 1024;
+           d.nhead / d.nkvhead <= TILE_ROWS && ctx->max_smem >= 97 * 1024;
 }
 
 lla_status lla_many_attention(const lla_cuda_ctx *ctx, const lla_attention_args *args) {

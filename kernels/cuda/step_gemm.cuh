@@ -32,6 +32,7 @@ struct Product {
 template <int MI_, int NI_, int WARPS_M_, int WARPS_N_, int KT_, int STAGES_, int RESIDENT_> struct Tile {
     static constexpr int MI = MI_, NI = NI_, WARPS_M = WARPS_M_, WARPS_N = WARPS_N_, KT = KT_, STAGES = STAGES_;
     static constexpr int RESIDENT = RESIDENT_; /* blocks on an SM */
+    static constexpr int CLUSTER = MI == 1 && WARPS_N == 1 && RESIDENT == 1 ? 2 : 1; /* blocks that share rows of x */
     static constexpr int BM = 16 * MI * WARPS_M, BN = 8 * NI * WARPS_N, THREADS_ = 32 * WARPS_M * WARPS_N;
     static constexpr int UNITS = 2 * KT, ROW_BYTES = 16 * UNITS; /* of a row of x in a piece */
     static constexpr int W_BYTES = BM / 16 * KT * 512, STAGE_BYTES = W_BYTES + BN * ROW_BYTES;
@@ -165,65 +166,86 @@ __device__ __forceinline__ size_t slot_of(const Product &a, unsigned row) {
 
 /* Writes a warp's sums: tiles of 16 weight rows from `tile0`, rows of the step from `row0`. Rounded sums of eight rows
  * are transposed in registers: a lane then holds neighbours 2 t, 2 t + 1 of one row, and of the paired 16-row halves.
- */
+ * What a batch of rows needs from memory is asked for together. */
 template <class T, Epilogue E, class S>
 __device__ __forceinline__ void finish(const Product &a, const float (&sum)[S::MI][S::NI][4], unsigned tile0,
                                        unsigned row0, unsigned rows, unsigned lane) {
+    constexpr int BATCH = S::NI % 4 ? S::NI : 4;
     const unsigned t2 = lane % 4 * 2, ntiles = (a.n + 15) / 16;
 #pragma unroll
-    for (int j = 0; j < S::NI; j++) {
-        const unsigned row = row0 + 8 * j + lane / 4;
-        const bool inside = row < rows;
-        size_t slot = 0;
-        const T *rope = nullptr;
-        if (E == QKV && inside) {
-            slot = slot_of(a, row);
-            rope = (const T *)a.rope + (size_t)a.positions[row] * a.head_dim;
+    for (int j0 = 0; j0 < S::NI; j0 += BATCH) {
+        unsigned row[BATCH], angle[BATCH]; /* of the step; offset of its line in the table of angles */
+        size_t slot[BATCH];
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+            row[j] = row0 + 8 * (j0 + j) + lane / 4;
+            if (E != QKV) continue;
+            const unsigned known = row[j] < rows ? row[j] : rows - 1;
+            angle[j] = (unsigned)a.positions[known] * a.head_dim;
+            slot[j] = slot_of(a, known);
         }
 #pragma unroll
         for (int i = 0; i < S::MI; i++) {
             const unsigned tile = tile0 + i;
             if (tile >= ntiles) break;
-            const float(&c)[4] = sum[i][j];
             if (E == SWIGLU) {
-                const T y[2] = {swiglu<T>(c[0], c[2]), swiglu<T>(c[1], c[3])};
-                uint32_t pair;
-                memcpy(&pair, y, sizeof pair);
-                pair = transpose_8x8(pair);
-                if (inside) *(uint32_t *)((T *)a.out + (size_t)row * a.half + tile * 8 + t2) = pair;
+#pragma unroll
+                for (int j = 0; j < BATCH; j++) {
+                    const float(&c)[4] = sum[i][j0 + j];
+                    const T y[2] = {swiglu<T>(c[0], c[2]), swiglu<T>(c[1], c[3])};
+                    uint32_t pair;
+                    memcpy(&pair, y, sizeof pair);
+                    pair = transpose_8x8(pair);
+                    if (row[j] < rows) *(uint32_t *)((T *)a.out + (size_t)row[j] * a.half + tile * 8 + t2) = pair;
+                }
             } else if (E == ADD) {
-                const float2 low = unpack_pair<T>(transpose_8x8(pack_pair<T>(c[0], c[1]))),
-                             high = unpack_pair<T>(transpose_8x8(pack_pair<T>(c[2], c[3])));
-                if (!inside) continue;
-                uint32_t *out = (uint32_t *)((T *)a.out + (size_t)row * a.n + tile * 16 + t2);
-                const float2 x = unpack_pair<T>(out[0]);
-                out[0] = pack_pair<T>(x.x + low.x, x.y + low.y);
-                if (tile * 16 + 8 >= a.n) continue;
-                const float2 y = unpack_pair<T>(out[4]);
-                out[4] = pack_pair<T>(y.x + high.x, y.y + high.y);
+                const bool is_whole = tile * 16 + 8 < a.n; /* the last tile may have eight rows */
+                uint32_t *out = (uint32_t *)((T *)a.out + tile * 16 + t2), old[BATCH][2];
+#pragma unroll
+                for (int j = 0; j < BATCH; j++) {
+                    if (row[j] >= rows) continue;
+                    old[j][0] = out[(size_t)row[j] * (a.n / 2)];
+                    if (is_whole) old[j][1] = out[(size_t)row[j] * (a.n / 2) + 4];
+                }
+#pragma unroll
+                for (int j = 0; j < BATCH; j++) {
+                    const float(&c)[4] = sum[i][j0 + j];
+                    const float2 low = unpack_pair<T>(transpose_8x8(pack_pair<T>(c[0], c[1]))),
+                                 high = unpack_pair<T>(transpose_8x8(pack_pair<T>(c[2], c[3])));
+                    if (row[j] >= rows) continue;
+                    const float2 x = unpack_pair<T>(old[j][0]), y = unpack_pair<T>(old[j][1]);
+                    out[(size_t)row[j] * (a.n / 2)] = pack_pair<T>(x.x + low.x, x.y + low.y);
+                    if (is_whole) out[(size_t)row[j] * (a.n / 2) + 4] = pack_pair<T>(y.x + high.x, y.y + high.y);
+                }
             } else {
                 const unsigned head = tile * 8 / a.half, at = tile * 8 % a.half; /* of the tile's eight pairs */
+                const bool is_q = head < a.nhead, is_v = head >= a.nhead + a.nkvhead;
                 const T *bias = (const T *)a.bias + head * a.head_dim + at + lane / 4;
                 const float b0 = to_float<T>(bias[0]), b1 = to_float<T>(bias[a.half]);
-                float2 low = unpack_pair<T>(transpose_8x8(pack_pair<T>(c[0] + b0, c[1] + b0))),
-                       high = unpack_pair<T>(transpose_8x8(pack_pair<T>(c[2] + b1, c[3] + b1)));
-                if (!inside) continue;
-                if (head < a.nhead + a.nkvhead) {
-                    const float2 cosine = unpack_pair<T>(*(const uint32_t *)(rope + at + t2)),
-                                 sine = unpack_pair<T>(*(const uint32_t *)(rope + at + t2 + a.half));
-                    rotate<T>(low.x, high.x, cosine.x, sine.x);
-                    rotate<T>(low.y, high.y, cosine.y, sine.y);
+                T *cache = (T *)(is_v ? a.v_cache : a.k_cache) +
+                           (size_t)((head - a.nhead) % a.nkvhead) * a.kv_block * a.head_dim;
+                uint32_t cosine[BATCH], sine[BATCH];
+#pragma unroll
+                for (int j = 0; j < BATCH; j++) {
+                    const T *rope = (const T *)a.rope + angle[j] + at + t2;
+                    cosine[j] = *(const uint32_t *)rope;
+                    sine[j] = *(const uint32_t *)(rope + a.half);
                 }
-                T *to;
-                if (head < a.nhead) {
-                    to = (T *)a.q + ((size_t)row * a.nhead + head) * a.head_dim;
-                } else {
-                    const bool is_v = head >= a.nhead + a.nkvhead;
-                    const unsigned kvhead = head - a.nhead - (is_v ? a.nkvhead : 0);
-                    to = (T *)(is_v ? a.v_cache : a.k_cache) + slot + (size_t)kvhead * a.kv_block * a.head_dim;
+#pragma unroll
+                for (int j = 0; j < BATCH; j++) {
+                    const float(&c)[4] = sum[i][j0 + j];
+                    float2 low = unpack_pair<T>(transpose_8x8(pack_pair<T>(c[0] + b0, c[1] + b0))),
+                           high = unpack_pair<T>(transpose_8x8(pack_pair<T>(c[2] + b1, c[3] + b1)));
+                    if (row[j] >= rows) continue;
+                    if (!is_v) {
+                        const float2 co = unpack_pair<T>(cosine[j]), si = unpack_pair<T>(sine[j]);
+                        rotate<T>(low.x, high.x, co.x, si.x);
+                        rotate<T>(low.y, high.y, co.y, si.y);
+                    }
+                    T *to = is_q ? (T *)a.q + ((size_t)row[j] * a.nhead + head) * a.head_dim : cache + slot[j];
+                    *(uint32_t *)(to + at + t2) = pack_pair<T>(low.x, low.y);
+                    *(uint32_t *)(to + at + t2 + a.half) = pack_pair<T>(high.x, high.y);
                 }
-                *(uint32_t *)(to + at + t2) = pack_pair<T>(low.x, low.y);
-                *(uint32_t *)(to + at + t2 + a.half) = pack_pair<T>(high.x, high.y);
             }
         }
     }

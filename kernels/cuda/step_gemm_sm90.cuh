@@ -5,8 +5,9 @@
  * core reads from shared memory itself.
  *
  * One thread fills the ring, with bulk copies: of a row tile's KT k-tiles, which lie together in packed weights, and of
- * a box of x, swizzled on the way. Groups that multiply wait for a piece's `full` barrier, and give its place back
- * through `empty`. Products run behind the warps: while k-tiles i - 1 and i are multiplied, the weights of i + 2 come
+ * a box of x, swizzled on the way. Two blocks with neighbouring weight rows form a cluster: each copies half of the box
+ * to both, since the second-level cache has not the bandwidth for all. Groups that multiply wait for a piece's `full`
+ * barrier, and give its place back through both blocks' `empty`. Products run behind the warps: while k-tiles i - 1 and i are multiplied, the weights of i + 2 come
  * into the registers that i - 2 had. */
 #ifndef LLA_STEP_GEMM_SM90_CUH
 #define LLA_STEP_GEMM_SM90_CUH
@@ -18,12 +19,12 @@ namespace {
 
 /* Where a thread is in the stream of pieces. */
 template <class S> struct Cursor {
-    unsigned tile, piece = 0;
+    unsigned tile, piece = 0;       /* tile of the cluster */
     unsigned stage = 0, parity = 0; /* place in the ring, and how often it went round */
     __device__ __forceinline__ void advance(unsigned pieces) {
         if (++piece == pieces) {
             piece = 0;
-            tile += gridDim.x;
+            tile += gridDim.x / S::CLUSTER;
         }
         if (++stage == S::STAGES) {
             stage = 0;
@@ -51,57 +52,79 @@ __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
     if (threadIdx.x == 0) {
         for (int s = 0; s < S::STAGES; s++) {
             barrier_init(full + 8 * s, 1);
-            barrier_init(empty + 8 * s, S::WARPS_M);
+            barrier_init(empty + 8 * s, S::CLUSTER * S::WARPS_M);
         }
         barriers_ready();
     }
-    __syncthreads();
+    if constexpr (S::CLUSTER > 1)
+        cluster_sync();
+    else
+        __syncthreads();
     pdl_launch_next();
     const unsigned rows = (unsigned)a.header->nrow; /* a step input: it was there before the step's first kernel */
     const unsigned columns = (rows + S::BN - 1) / S::BN;
-    const unsigned tiles = (ntiles + S::BM / 16 - 1) / (S::BM / 16) * columns;
+    constexpr unsigned HEIGHT = S::BM / 16, CLUSTER_HEIGHT = HEIGHT * S::CLUSTER; /* in row tiles */
+    const unsigned tiles = (ntiles + CLUSTER_HEIGHT - 1) / CLUSTER_HEIGHT * columns;
+    const unsigned rank = S::CLUSTER > 1 ? cluster_rank() : 0, first = blockIdx.x / S::CLUSTER;
 
     if (warp >= S::WARPS_M) { /* those that fill the ring */
         if constexpr (FILLERS<S> == 128) give_registers<24>();
-        if (threadIdx.x != S::WARPS_M * 32) return;
         const auto copy_w = [&](const Cursor<S> &at) {
-            const unsigned first = at.tile / columns * (S::BM / 16);
-            const unsigned count = ntiles - first < S::BM / 16 ? ntiles - first : S::BM / 16;
+            const unsigned top = at.tile / columns * CLUSTER_HEIGHT + rank * HEIGHT;
+            const unsigned count = top >= ntiles ? 0 : ntiles - top < HEIGHT ? ntiles - top : HEIGHT;
             const unsigned bytes = (ktiles - at.piece * KT < KT ? ktiles - at.piece * KT : KT) * 512;
-            const char *from = (const char *)a.w + ((size_t)first * ktiles + at.piece * KT) * 512;
+            const char *from = (const char *)a.w + ((size_t)top * ktiles + at.piece * KT) * 512;
             const uint32_t to = base + at.stage * S::STAGE_BYTES;
             barrier_arrive_for(full + 8 * at.stage, count * bytes + S::BN * 128);
             for (unsigned i = 0; i < count; i++)
                 copy_bulk(to + i * (KT * 512), from + (size_t)i * ktiles * 512, bytes, full + 8 * at.stage);
         };
         const auto copy_x = [&](const Cursor<S> &at) {
-            copy_box(base + at.stage * S::STAGE_BYTES + S::W_BYTES, &x_map, at.piece * (KT * 16),
-                     at.tile % columns * S::BN, full + 8 * at.stage);
+            constexpr unsigned SHARE = S::BN / S::CLUSTER;
+            const uint32_t to = base + at.stage * S::STAGE_BYTES + S::W_BYTES + rank * SHARE * 128;
+            const unsigned column = at.piece * (KT * 16), row = at.tile % columns * S::BN + rank * SHARE;
+            if constexpr (S::CLUSTER > 1)
+                copy_box_to((1 << S::CLUSTER) - 1, to, &x_map, column, row, full + 8 * at.stage);
+            else
+                copy_box(to, &x_map, column, row, full + 8 * at.stage);
         };
-        Cursor<S> ahead = {blockIdx.x}, at = {blockIdx.x};
-        for (int s = 0; s < S::STAGES && ahead.tile < tiles; s++) { /* weights do not depend on the kernel before */
-            copy_w(ahead);
-            ahead.advance(pieces);
+        Cursor<S> ahead = {first}, at = {first};
+        if (threadIdx.x == S::WARPS_M * 32) {
+            for (int s = 0; s < S::STAGES && ahead.tile < tiles; s++) { /* weights do not depend on the kernel before */
+                copy_w(ahead);
+                ahead.advance(pieces);
+            }
+            pdl_wait();
+            for (int s = 0; s < S::STAGES && at.tile < tiles; s++) {
+                copy_x(at);
+                at.advance(pieces);
+            }
+            while (at.tile < tiles) {
+                barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
+                copy_w(at);
+                copy_x(at);
+                at.advance(pieces);
+            }
         }
-        pdl_wait();
-        for (int s = 0; s < S::STAGES && at.tile < tiles; s++) {
-            copy_x(at);
-            at.advance(pieces);
-        }
-        while (at.tile < tiles) {
-            barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
-            copy_w(at);
-            copy_x(at);
-            at.advance(pieces);
+        if constexpr (S::CLUSTER > 1) {
+            __syncwarp();
+            cluster_sync(); /* a block's memory stays until the other one writes no more to it */
         }
         return;
     }
+    const auto give_back = [&](unsigned barrier) {
+        if constexpr (S::CLUSTER > 1) {
+            if (lane < S::CLUSTER) barrier_arrive_at(barrier, lane);
+        } else if (lane == 0) {
+            barrier_arrive(barrier);
+        }
+    };
 
     if constexpr (FILLERS<S> == 128) take_registers<240>();
     pdl_wait(); /* results are added to what the kernels before wrote */
     const uint32_t w_at = base + warp * KT * 512 + lane * 16;
     uint4 w[KT];
-    Cursor<S> at = {blockIdx.x};
+    Cursor<S> at = {first};
     if (at.tile < tiles) {
         barrier_wait(full, 0);
         w[0] = load_shared_16(w_at);
@@ -130,7 +153,7 @@ __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
                 wgmma_commit();
                 accumulate = 1;
                 wgmma_wait<2>(); /* the products before the last two are done: their weights' registers are free */
-                if (s == 1 && before && lane == 0) barrier_arrive(before);
+                if (s == 1 && before) give_back(before);
                 if (s == 2 && at.tile < tiles) barrier_wait(full + 8 * at.stage, at.parity);
                 w[(s + 2) % KT] = load_shared_16(w_at + (s < 2 ? place + (s + 2) * 512 : next + (s - 2) * 512));
                 if (++kt != parts.end) continue;
@@ -147,8 +170,8 @@ __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
         }
         wgmma_wait<0>(); /* products of what lies behind K's end */
         wgmma_arrived(part);
-        if (lane == 0) barrier_arrive(before);
-        finish<T, E, S>(a, sums[0], tile / columns * (S::BM / 16) + warp, tile % columns * S::BN, rows, lane);
+        give_back(before);
+        finish<T, E, S>(a, sums[0], tile / columns * CLUSTER_HEIGHT + rank * HEIGHT + warp, tile % columns * S::BN, rows, lane);
     }
 #endif
 }
