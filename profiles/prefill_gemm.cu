@@ -120,7 +120,7 @@ static lla_status reference(Bench &b, Which which, int n, size_t out) {
         b.ctx.io.positions = io.positions + i * 4;
         const size_t x = b.x + (size_t)i * HIDDEN * 2;
         if (which == W_QKV) {
-            const lla_qkv_args args = {x, b.norm, b.wqkv, b.bias, b.rope, b.normed, 0, out + (size_t)i * HIDDEN * 2,
+            const lla_qkv_args args = {x,   b.norm, b.wqkv, b.bias, b.rope, b.normed, 0, out + (size_t)i * HIDDEN * 2,
                                        b.k, b.v};
             s = lla_cuda_qkv(&b.ctx, &args);
         } else if (which == W_GATE_UP) {
@@ -241,10 +241,8 @@ int main() {
     b.make();
     /* MI, NI, warps m, warps n, KT, stages, resident */
 #define V(counts, ...) variant<Tile<__VA_ARGS__>>(b, #__VA_ARGS__, std::vector<int> counts);
-#define A                                                                                                              \
-    { 300, 2048, 4096 }
-#define F                                                                                                              \
-    { 65, 256, 512 }
+#define A {300, 2048, 4096}
+#define F {65, 256, 512}
     V(A, 1, 24, 8, 1, 4, 5, 1)
     V(A, 1, 16, 8, 1, 4, 6, 1)
     V(F, 1, 8, 4, 1, 4, 4, 3)

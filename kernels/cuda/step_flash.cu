@@ -12,75 +12,11 @@
  *
  * Rows of the block's matrix: row m is query head m % group of the step's row m / group. A warp has 32 of them: what it
  * reads of keys and values then feeds two tensor core operands. */
+#include "step_flash.cuh"
+#include "step_flash_sm90.cuh"
 #include "step_many.h"
-#include "step_math.cuh"
 
 namespace {
-
-enum { SPLIT = LLA_CUDA_SPLIT, FLASH_WARPS = 4, FLASH_THREADS = 32 * FLASH_WARPS, TILE_ROWS = 32 * FLASH_WARPS };
-
-struct Flash {
-    const lla_step_header *header;
-    const int32_t *positions, *row_seq, *table;
-    const void *q, *k_cache, *v_cache;
-    void *out;
-    unsigned nhead, nkvhead, group, block_bits, max_blocks; /* 2^block_bits tokens a KV block */
-    float scale;                                            /* log2(e) / sqrt(head_dim) */
-};
-
-/* ---- which rows ---- */
-
-/* Rows [first, first + count) of the step, of one sequence, at positions from `position` on; count 0: none. */
-struct Rows {
-    unsigned first, count, position;
-};
-
-/* The order-th tile of the step, from the last. Tiles begin where a sequence does, and at positions that are multiples
- * of `most`; words: scratch in shared memory, a bit a row of the step. All threads of the block call it. */
-__device__ Rows find_rows(const Flash &a, unsigned order, unsigned most, uint32_t *words) {
-    const unsigned rows = (unsigned)a.header->nrow, lane = threadIdx.x % 32, nword = (rows + 31) / 32;
-#pragma unroll 4
-    for (unsigned w = threadIdx.x / 32; w < nword; w += FLASH_WARPS) {
-        const unsigned r = w * 32 + lane;
-        bool starts = false;
-        if (r < rows) starts = r == 0 || a.row_seq[r] != a.row_seq[r - 1] || (unsigned)a.positions[r] % most == 0;
-        const uint32_t bits = __ballot_sync(~0u, starts);
-        if (lane == 0) words[w] = bits;
-    }
-    __syncthreads();
-    /* every warp: from the last words to the first, 32 at a time; `before`: starts in the words of lower lanes */
-    Rows found = {0, 0, 0};
-    for (unsigned seen = 0, from = 0; from < nword && !found.count; from += 32) {
-        const uint32_t bits = from + lane < nword ? words[nword - 1 - from - lane] : 0;
-        unsigned upto = __popc(bits);
-        for (int o = 1; o < 32; o *= 2) {
-            const unsigned other = __shfl_up_sync(~0u, upto, o);
-            if (lane >= (unsigned)o) upto += other;
-        }
-        const unsigned before = seen + upto - __popc(bits);
-        const bool mine = order >= before && order < seen + upto;
-        const uint32_t who = __ballot_sync(~0u, mine);
-        if (who) {
-            unsigned first = 0;
-            if (mine) { /* the (order - before)-th set bit from the top */
-                uint32_t rest = bits;
-                for (unsigned i = before; i < order; i++) rest &= ~(0x80000000u >> __clz(rest));
-                first = (nword - 1 - from - lane) * 32 + 31 - __clz(rest);
-            }
-            found.first = __shfl_sync(~0u, first, __ffs(who) - 1);
-            found.count = 1;
-        }
-        seen += __shfl_sync(~0u, upto, 31);
-    }
-    if (found.count) {
-        while (found.first + found.count < rows && found.count < most &&
-               !(words[(found.first + found.count) / 32] >> (found.first + found.count) % 32 & 1))
-            found.count++;
-        found.position = (unsigned)a.positions[found.first];
-    }
-    __syncthreads(); /* the scratch is free */
-    return found;
-}
 
 /* ---- the kernel ---- */
 
@@ -90,8 +26,7 @@ template <int DIM> __device__ __forceinline__ unsigned place_of(unsigned r, unsi
     return r * (DIM * 2) + (u ^ (r % 8)) * 16;
 }
 
-template <class T> constexpr uint32_t ONES = 0x3f803f80; /* two ones */
-template <> constexpr uint32_t ONES<__half> = 0x3c003c00;
+enum { FLASH_WARPS = 4, FLASH_THREADS = 32 * FLASH_WARPS };
 
 template <class T, int DIM> __global__ void __launch_bounds__(FLASH_THREADS, 2) flash_kernel(const Flash a) {
     extern __shared__ __align__(128) char smem[]; /* q [TILE_ROWS, DIM]; twice: k, v [SPLIT, DIM]; places */
@@ -118,12 +53,11 @@ template <class T, int DIM> __global__ void __launch_bounds__(FLASH_THREADS, 2) 
         cp_async_16(q_base + copy_to + i * PASS * (DIM * 2), from, row < rows.count);
     }
     /* Where the tokens of a split lie: row numbers of the cache, a split ahead of their use. */
-    auto *const places = reinterpret_cast<uint32_t(*)[SPLIT]>(smem + Q_BYTES + 4 * KV_BYTES); /* [4, SPLIT] */
+    auto *const places = reinterpret_cast<uint32_t (*)[SPLIT]>(smem + Q_BYTES + 4 * KV_BYTES); /* [4, SPLIT] */
     const auto find_places = [&](unsigned split) {
-        const unsigned position = split * SPLIT + threadIdx.x, bits = a.block_bits;
+        const unsigned position = split * SPLIT + threadIdx.x;
         if (threadIdx.x < SPLIT && position < length)
-            places[split % 4][threadIdx.x] = (((unsigned)table[position >> bits] * a.nkvhead + kvhead) << bits) +
-                                             (position & ((1u << bits) - 1));
+            places[split % 4][threadIdx.x] = cache_row(a, table, kvhead, position);
     };
     const auto copy_split = [&](unsigned split) {
         const uint32_t to = kv_base + split % 2 * (2 * KV_BYTES) + copy_to;
@@ -142,17 +76,17 @@ template <class T, int DIM> __global__ void __launch_bounds__(FLASH_THREADS, 2) 
     __syncthreads();
     copy_split(0);
 
-    /* this thread's four rows of the matrix: 16 i + 8 h + lane / 4 of the warp's 32 */
-    unsigned last[2][2]; /* the last position that a row sees */
-    float max[2][2], sum[2][2], o[2][DIM / 8][4] = {};
+    unsigned last[2][2]; /* the last positions that this thread's rows see */
+    RowSums sums[2];
+    float o[2][DIM / 8][4] = {};
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             const unsigned row = (warp * 32 + i * 16 + h * 8 + lane / 4) / a.group;
             last[i][h] = rows.position + (row < rows.count ? row : rows.count - 1);
-            max[i][h] = -INFINITY;
-            sum[i][h] = 0;
+            sums[i].max[h] = -INFINITY;
+            sums[i].sum[h] = 0;
         }
     /* operands by ldmatrix: q: rows 0-15 lower columns, then upper; k: rows 0-7 lower, 0-7 upper, 8-15 lower, 8-15
      * upper; v, transposed: rows 0-15 of lower columns, then of upper */
@@ -186,45 +120,9 @@ template <class T, int DIM> __global__ void __launch_bounds__(FLASH_THREADS, 2) 
         }
 
         const bool is_edge = (split + 1) * SPLIT > rows.position; /* some row does not see all tokens of the split */
-        uint4 p[2][SPLIT / 16]; /* as the first operand of p v, 16 tokens at a time */
-        float a_of[2][2], b_of[2][2];
+        uint4 p[2][SPLIT / 16];
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float top[2] = {-INFINITY, -INFINITY}, base[2];
-#pragma unroll
-            for (int j = 0; j < SPLIT / 8; j++)
-#pragma unroll
-                for (int c = 0; c < 4; c++) {
-                    s[i][j][c] = __fmul_rn(s[i][j][c], a.scale);
-                    if (is_edge && split * SPLIT + j * 8 + lane % 4 * 2 + c % 2 > last[i][c / 2])
-                        s[i][j][c] = -INFINITY;
-                    top[c / 2] = fmaxf(top[c / 2], s[i][j][c]);
-                }
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 1));
-                top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], 2));
-                const float merged = fmaxf(max[i][h], top[h]);
-                a_of[i][h] = exp2_fast(max[i][h] - merged);
-                b_of[i][h] = exp2_fast(top[h] - merged);
-                max[i][h] = merged;
-                base[h] = top[h] == -INFINITY ? 0.0f : top[h]; /* a row that sees nothing here: all weights 0 */
-            }
-#pragma unroll
-            for (int j = 0; j < SPLIT / 16; j++) {
-                const auto weights = [&](const float(&x)[4], int h) {
-                    return pack_pair<T>(exp2_fast(__fsub_rn(x[2 * h], base[h])),
-                                        exp2_fast(__fsub_rn(x[2 * h + 1], base[h])));
-                };
-                p[i][j] = make_uint4(weights(s[i][2 * j], 0), weights(s[i][2 * j], 1), weights(s[i][2 * j + 1], 0),
-                                     weights(s[i][2 * j + 1], 1));
-            }
-            float l[4] = {};
-#pragma unroll
-            for (int j = 0; j < SPLIT / 16; j++) mma_16816<T>(l, p[i][j], make_uint2(ONES<T>, ONES<T>));
-#pragma unroll
-            for (int h = 0; h < 2; h++) sum[i][h] = __fmaf_rn(sum[i][h], a_of[i][h], __fmul_rn(l[2 * h], b_of[i][h]));
-        }
+        for (int i = 0; i < 2; i++) weigh<T>(s[i], a.scale, is_edge, split * SPLIT, last[i], sums[i], p[i]);
 
         /* 32 columns of the output at a time */
 #pragma unroll
@@ -243,38 +141,24 @@ template <class T, int DIM> __global__ void __launch_bounds__(FLASH_THREADS, 2) 
                     }
                 }
 #pragma unroll
-            for (int i = 0; i < 2; i++)
-#pragma unroll
-                for (unsigned n = 0; n < 4; n++)
-#pragma unroll
-                    for (int c = 0; c < 4; c++)
-                        o[i][4 * d + n][c] =
-                            __fmaf_rn(o[i][4 * d + n][c], a_of[i][c / 2], __fmul_rn(po[i][n][c], b_of[i][c / 2]));
+            for (int i = 0; i < 2; i++) merge(o[i] + 4 * d, po[i], sums[i]);
         }
     }
-
 #pragma unroll
-    for (int i = 0; i < 2; i++)
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const unsigned m = warp * 32 + i * 16 + h * 8 + lane / 4, row = m / a.group;
-            if (row >= rows.count) continue;
-            T *out = (T *)a.out + ((size_t)(rows.first + row) * a.nhead + kvhead * a.group + m % a.group) * DIM;
-#pragma unroll
-            for (unsigned n = 0; n < DIM / 8; n++)
-                *(uint32_t *)(out + n * 8 + lane % 4 * 2) = pack_pair<T>(__fdiv_rn(o[i][n][2 * h], sum[i][h]),
-                                                                         __fdiv_rn(o[i][n][2 * h + 1], sum[i][h]));
-        }
+    for (int i = 0; i < 2; i++) write_rows<T, DIM>(a, rows, kvhead, warp * 32 + i * 16 + lane / 4, o[i], sums[i]);
 }
 
 template <class T, int DIM> lla_status launch_flash(const lla_cuda_ctx *ctx, const Flash &a) {
-    const size_t smem = TILE_ROWS * DIM * 2 + 4 * SPLIT * DIM * 2 + 4 * SPLIT * sizeof(uint32_t), most = TILE_ROWS / a.group;
+    const size_t smem = TILE_ROWS * DIM * 2 + 4 * SPLIT * DIM * 2 + 4 * SPLIT * sizeof(uint32_t),
+                 most = TILE_ROWS / a.group;
     /* a sequence's first and last tile may have few rows */
     const size_t seqs = ctx->dims.max_seqs < ctx->rows ? ctx->dims.max_seqs : ctx->rows;
     size_t tiles = ctx->rows / most + 2 * seqs;
     if (tiles > ctx->rows) tiles = ctx->rows;
-    return launch(ctx, "attention", flash_kernel<T, DIM>, dim3((unsigned)(tiles * ctx->dims.nkvhead)), FLASH_THREADS,
-                  smem, a);
+    const dim3 grid((unsigned)(tiles * ctx->dims.nkvhead));
+    if (has_wgmma(ctx) && FLASH_SM90_SMEM<DIM> <= ctx->max_smem)
+        return launch(ctx, "attention", flash_sm90_kernel<T, DIM>, grid, FLASH_SM90_THREADS, FLASH_SM90_SMEM<DIM>, a);
+    return launch(ctx, "attention", flash_kernel<T, DIM>, grid, FLASH_THREADS, smem, a);
 }
 
 } // namespace

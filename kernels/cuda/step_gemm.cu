@@ -100,8 +100,7 @@ __global__ void __launch_bounds__(THREADS)
     for (size_t i = lane; i < k / UNIT; i += 32) to[i] = normed_unit<T>(from[i], weight[i], scale);
 }
 
-template <class T>
-lla_status launch_norm(const lla_cuda_ctx *ctx, size_t x, size_t norm, size_t normed) {
+template <class T> lla_status launch_norm(const lla_cuda_ctx *ctx, size_t x, size_t norm, size_t normed) {
     char *m = ctx->arena;
     const dim3 grid((unsigned)((ctx->rows + WARPS - 1) / WARPS));
     return launch(ctx, "norm", norm_kernel<T>, grid, THREADS, 0, (const lla_step_header *)(m + ctx->io.header),
@@ -130,8 +129,8 @@ lla_status launch_product(const lla_cuda_ctx *ctx, const char *name, const Produ
     if constexpr (is_wgmma<S>) {
         CUtensorMap map;
         LLA_TRY(map_rows(a.x, ctx->rows, a.k, S::BN / S::CLUSTER, &map));
-        return launch_clusters(ctx, name, wgmma_kernel<T, E, S>, grid, S::CLUSTER, S::THREADS_ + FILLERS<S>, S::SMEM,
-                               a, map);
+        return launch_clusters(ctx, name, wgmma_kernel<T, E, S>, grid, S::CLUSTER, S::THREADS_ + FILLERS<S>, S::SMEM, a,
+                               map);
     } else {
         return launch(ctx, name, product_kernel<T, E, S>, grid, S::THREADS_, S::SMEM, a);
     }
@@ -142,14 +141,6 @@ template <class S> double cost(const lla_cuda_ctx *ctx, const Product &a, double
     const size_t tiles = (tiles_of(a.n) * 16 + S::BM - 1) / S::BM * ((ctx->rows + S::BN - 1) / S::BN);
     const size_t sms = (size_t)ctx->sm_count;
     return (double)((tiles + sms - 1) / sms) * S::BM * S::BN / speed;
-}
-
-bool has_wgmma(const lla_cuda_ctx *ctx) {
-#ifdef LLA_SM90A
-    return ctx->compute == 90;
-#else
-    return false;
-#endif
 }
 
 template <class T, Epilogue E> lla_status dispatch(const lla_cuda_ctx *ctx, const char *name, const Product &a) {

@@ -1,10 +1,10 @@
 /* step_gemm.cuh: what the products for many rows share: tiles, the ring that feeds them, and what follows the sums.
  *
  * A block computes tiles of BM weight rows (the operand that is 16 or 64 rows wide) by BN rows of the step. The ring in
- * shared memory holds pieces of KT 16-column tiles of the block's weights and rows, STAGES - 1 of them under way. Packed
- * weights lie as the tensor core wants them: a lane's operand of a tile is 16 bytes, and 512 bytes in a row are a tile.
- * Rows of x are swizzled: see `place_of`. Blocks stay for several tiles; the ring runs on across them, so that the next
- * tile's first pieces arrive while this one's results are written. */
+ * shared memory holds pieces of KT 16-column tiles of the block's weights and rows, STAGES - 1 of them under way.
+ * Packed weights lie as the tensor core wants them: a lane's operand of a tile is 16 bytes, and 512 bytes in a row are
+ * a tile. Rows of x are swizzled: see `place_of`. Blocks stay for several tiles; the ring runs on across them, so that
+ * the next tile's first pieces arrive while this one's results are written. */
 #ifndef LLA_STEP_GEMM_CUH
 #define LLA_STEP_GEMM_CUH
 
@@ -31,7 +31,7 @@ struct Product {
 /* Sizes of a tile: warps WARPS_M x WARPS_N, each with MI x 16 weight rows by NI x 8 rows of the step. */
 template <int MI_, int NI_, int WARPS_M_, int WARPS_N_, int KT_, int STAGES_, int RESIDENT_> struct Tile {
     static constexpr int MI = MI_, NI = NI_, WARPS_M = WARPS_M_, WARPS_N = WARPS_N_, KT = KT_, STAGES = STAGES_;
-    static constexpr int RESIDENT = RESIDENT_; /* blocks on an SM */
+    static constexpr int RESIDENT = RESIDENT_;                                       /* blocks on an SM */
     static constexpr int CLUSTER = MI == 1 && WARPS_N == 1 && RESIDENT == 1 ? 2 : 1; /* blocks that share rows of x */
     static constexpr int BM = 16 * MI * WARPS_M, BN = 8 * NI * WARPS_N, THREADS_ = 32 * WARPS_M * WARPS_N;
     static constexpr int UNITS = 2 * KT, ROW_BYTES = 16 * UNITS; /* of a row of x in a piece */
@@ -147,9 +147,7 @@ template <class S> struct Ring {
 /* The parts of K, one after the other; see nodes.h. */
 struct Parts {
     unsigned ktiles, count, next = 0, end = 0; /* end: first k-tile behind the part */
-    __device__ __forceinline__ Parts(unsigned k, unsigned parts) : ktiles((k + 15) / 16), count(parts) {
-        advance();
-    }
+    __device__ __forceinline__ Parts(unsigned k, unsigned parts) : ktiles((k + 15) / 16), count(parts) { advance(); }
     __device__ __forceinline__ void advance() { /* over empty parts */
         for (const unsigned from = end; end == from && next < count;) end = ktiles * ++next / count;
     }
@@ -191,7 +189,7 @@ __device__ __forceinline__ void finish(const Product &a, const float (&sum)[S::M
             if (E == SWIGLU) {
 #pragma unroll
                 for (int j = 0; j < BATCH; j++) {
-                    const float(&c)[4] = sum[i][j0 + j];
+                    const float (&c)[4] = sum[i][j0 + j];
                     const T y[2] = {swiglu<T>(c[0], c[2]), swiglu<T>(c[1], c[3])};
                     uint32_t pair;
                     memcpy(&pair, y, sizeof pair);
@@ -209,7 +207,7 @@ __device__ __forceinline__ void finish(const Product &a, const float (&sum)[S::M
                 }
 #pragma unroll
                 for (int j = 0; j < BATCH; j++) {
-                    const float(&c)[4] = sum[i][j0 + j];
+                    const float (&c)[4] = sum[i][j0 + j];
                     const float2 low = unpack_pair<T>(transpose_8x8(pack_pair<T>(c[0], c[1]))),
                                  high = unpack_pair<T>(transpose_8x8(pack_pair<T>(c[2], c[3])));
                     if (row[j] >= rows) continue;
@@ -233,7 +231,7 @@ __device__ __forceinline__ void finish(const Product &a, const float (&sum)[S::M
                 }
 #pragma unroll
                 for (int j = 0; j < BATCH; j++) {
-                    const float(&c)[4] = sum[i][j0 + j];
+                    const float (&c)[4] = sum[i][j0 + j];
                     float2 low = unpack_pair<T>(transpose_8x8(pack_pair<T>(c[0] + b0, c[1] + b0))),
                            high = unpack_pair<T>(transpose_8x8(pack_pair<T>(c[2] + b1, c[3] + b1)));
                     if (row[j] >= rows) continue;

@@ -7,8 +7,8 @@
  * One thread fills the ring, with bulk copies: of a row tile's KT k-tiles, which lie together in packed weights, and of
  * a box of x, swizzled on the way. Two blocks with neighbouring weight rows form a cluster: each copies half of the box
  * to both, since the second-level cache has not the bandwidth for all. Groups that multiply wait for a piece's `full`
- * barrier, and give its place back through both blocks' `empty`. Products run behind the warps: while k-tiles i - 1 and i are multiplied, the weights of i + 2 come
- * into the registers that i - 2 had. */
+ * barrier, and give its place back through both blocks' `empty`. Products run behind the warps: while k-tiles i - 1 and
+ * i are multiplied, the weights of i + 2 come into the registers that i - 2 had. */
 #ifndef LLA_STEP_GEMM_SM90_CUH
 #define LLA_STEP_GEMM_SM90_CUH
 
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
         w[1] = load_shared_16(w_at + 512);
     }
     float sums[2][1][NI][4]; /* total, part */
-    float(&total)[NI][4] = sums[0][0], (&part)[NI][4] = sums[1][0];
+    float (&total)[NI][4] = sums[0][0], (&part)[NI][4] = sums[1][0];
     while (at.tile < tiles) {
         Parts parts(a.k, a.parts);
         const unsigned tile = at.tile;
@@ -171,7 +171,8 @@ __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
         wgmma_wait<0>(); /* products of what lies behind K's end */
         wgmma_arrived(part);
         give_back(before);
-        finish<T, E, S>(a, sums[0], tile / columns * CLUSTER_HEIGHT + rank * HEIGHT + warp, tile % columns * S::BN, rows, lane);
+        finish<T, E, S>(a, sums[0], tile / columns * CLUSTER_HEIGHT + rank * HEIGHT + warp, tile % columns * S::BN,
+                        rows, lane);
     }
 #endif
 }
@@ -185,8 +186,8 @@ lla_status map_rows(const void *x, size_t rows, size_t k, unsigned bn, CUtensorM
     if (!encode) {
         void *found = nullptr;
         cudaDriverEntryPointQueryResult result;
-        const cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
-                                                               cudaEnableDefault, &result);
+        const cudaError_t e =
+            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
         if (e != cudaSuccess || !found)
             return lla_fail(LLA_EDEVICE, "the driver has no cuTensorMapEncodeTiled: %s", cudaGetErrorString(e));
         encode = (Encode)found;

@@ -110,8 +110,8 @@ __device__ void stage_norm(const Linear &a, size_t first, size_t rows, T *staged
         const float scale = norm_scale<T>(x, a.k, a.eps, lane);
         if (wide) {
             for (size_t i = place; i < a.k / UNIT; i += places) /* x comes from the first-level cache now */
-                reinterpret_cast<uint4 *>(to)[i] = normed_unit<T>(
-                    reinterpret_cast<const uint4 *>(x)[i], reinterpret_cast<const uint4 *>(norm)[i], scale);
+                reinterpret_cast<uint4 *>(to)[i] = normed_unit<T>(reinterpret_cast<const uint4 *>(x)[i],
+                                                                  reinterpret_cast<const uint4 *>(norm)[i], scale);
             for (size_t i = a.k + place; i < pitch; i += places) to[i] = from_float<T>(0.0f);
         } else {
             for (size_t i = place; i < pitch; i += places)

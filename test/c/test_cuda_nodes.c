@@ -339,7 +339,8 @@ static void compare_chunks(struct lla_spec spec, const size_t (*chunks)[8], size
     CHECK(isfinite(whole[0]));
     for (size_t i = 0; i < count; i++) {
         run_chunks(&p.gpu, prompt, chunks[i], logits, kv);
-        const int same_logits = !memcmp(whole, logits, spec.vocab * sizeof *whole), same_kv = !memcmp(whole_kv, kv, bytes);
+        const int same_logits = !memcmp(whole, logits, spec.vocab * sizeof *whole),
+                  same_kv = !memcmp(whole_kv, kv, bytes);
         if (!same_logits || !same_kv)
             printf("  head_dim %zu, chunks of %zu, %zu, ...: %s differ\n", spec.head_dim, chunks[i][0], chunks[i][1],
                    same_logits ? "keys and values" : "logits");
