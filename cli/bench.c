@@ -418,7 +418,7 @@ static void usage(FILE *out) {
                  "  --context N      tokens of each prompt (128)\n"
                  "  --new N          tokens decoded for each sequence (64)\n"
                  "  --repeat N       times that the prompts are prefilled (3)\n"
-                 "  --prefill-chunk N  rows of a prefill step (512)\n"
+                 "  --prefill-chunk N  rows of a prefill step (512, nvidia: 2048)\n"
                  "  --threads N      CPU threads (all)\n"
                  "  --ablate         nvidia: what each op costs, by leaving it out, and alone\n"
                  "  --json           one JSON object instead of text\n");

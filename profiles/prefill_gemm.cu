@@ -236,15 +236,37 @@ template <class S> static void variant(Bench &b, const char *name, const std::ve
 #endif
 VARIANTS
 
+template <class S> static void clusters() {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = S::CLUSTER;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(132);
+    config.blockDim = dim3(S::THREADS_ + FILLERS<S>);
+    config.dynamicSmemBytes = S::SMEM;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    auto *kernel = wgmma_kernel<bf16, ADD, S>;
+    CHECK(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SMEM));
+    int n = 0;
+    CHECK(cudaOccupancyMaxActiveClusters(&n, kernel, &config));
+    printf("clusters of %d blocks that fit: %d\n", S::CLUSTER, n);
+}
+
 int main() {
     Bench b;
     b.make();
-    /* MI, NI, warps m, warps n, KT, stages, resident */
+    clusters<Tile<1, 24, 8, 1, 4, 5, 1, 2>>();
+    /* MI, NI, warps m, warps n, KT, stages, resident, cluster */
 #define V(counts, ...) variant<Tile<__VA_ARGS__>>(b, #__VA_ARGS__, std::vector<int> counts);
 #define A {300, 2048, 4096}
 #define F {65, 256, 512}
     V(A, 1, 24, 8, 1, 4, 5, 1)
+    V(A, 1, 24, 8, 1, 4, 5, 1, 2)
     V(A, 1, 16, 8, 1, 4, 6, 1)
+    V(F, 1, 24, 8, 1, 4, 5, 1)
+    V(F, 1, 16, 8, 1, 4, 6, 1)
     V(F, 1, 8, 4, 1, 4, 4, 3)
     V(A, 3, 8, 4, 2, 4, 4, 1)
     return 0;

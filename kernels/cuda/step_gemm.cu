@@ -116,6 +116,7 @@ using LargeShallow = Tile<3, 8, 4, 2, 2, 4, 1>;
 using Small = Tile<2, 4, 2, 2, 4, 3, 2>;
 /* The same for wgmma. */
 using WideLarge = Tile<1, 24, 8, 1, 4, 5, 1>;
+using WideMiddle = Tile<1, 16, 8, 1, 4, 6, 1>;
 using WideSmall = Tile<1, 8, 4, 1, 4, 4, 3>;
 
 /* A tile of four warps' height that a warp has in one piece is wgmma's. */
@@ -124,7 +125,10 @@ template <class S> constexpr bool is_wgmma = S::MI == 1 && S::WARPS_N == 1;
 template <class T, Epilogue E, class S>
 lla_status launch_product(const lla_cuda_ctx *ctx, const char *name, const Product &a) {
     const size_t tiles = (tiles_of(a.n) * 16 + S::BM - 1) / S::BM * ((ctx->rows + S::BN - 1) / S::BN);
-    const size_t resident = (size_t)ctx->sm_count * S::RESIDENT / S::CLUSTER * S::CLUSTER;
+    size_t resident = (size_t)ctx->sm_count * S::RESIDENT / S::CLUSTER * S::CLUSTER;
+#ifdef CLUSTERS_THAT_FIT
+    if (S::CLUSTER > 1) resident = CLUSTERS_THAT_FIT * S::CLUSTER;
+#endif
     const dim3 grid((unsigned)(tiles < resident ? (tiles + S::CLUSTER - 1) / S::CLUSTER * S::CLUSTER : resident));
     if constexpr (is_wgmma<S>) {
         CUtensorMap map;
@@ -144,9 +148,11 @@ template <class S> double cost(const lla_cuda_ctx *ctx, const Product &a, double
 }
 
 template <class T, Epilogue E> lla_status dispatch(const lla_cuda_ctx *ctx, const char *name, const Product &a) {
-    if (has_wgmma(ctx)) {
-        if (cost<WideSmall>(ctx, a, 0.6) < cost<WideLarge>(ctx, a, 1.0))
-            return launch_product<T, E, WideSmall>(ctx, name, a);
+    if (has_wgmma(ctx)) { /* speeds: profiles/prefill.md */
+        const double large = cost<WideLarge>(ctx, a, 1.0), middle = cost<WideMiddle>(ctx, a, 0.87),
+                     small = cost<WideSmall>(ctx, a, 0.68);
+        if (small < large && small < middle) return launch_product<T, E, WideSmall>(ctx, name, a);
+        if (middle < large) return launch_product<T, E, WideMiddle>(ctx, name, a);
         return launch_product<T, E, WideLarge>(ctx, name, a);
     }
     if (cost<Small>(ctx, a, 0.6) < cost<Large>(ctx, a, 1.0)) return launch_product<T, E, Small>(ctx, name, a);
