@@ -105,10 +105,13 @@ __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, unsigned ran
 
 /* ---- bulk copies to shared memory, which complete on a barrier ---- */
 
-__device__ __forceinline__ void copy_bulk(uint32_t to, const void *from, unsigned bytes, uint32_t barrier) {
+/* The box of a stack of matrices that begins at (matrix, row, column); what lies outside is zero. */
+__device__ __forceinline__ void copy_boxes(uint32_t to, const CUtensorMap *map, unsigned column, unsigned row,
+                                           unsigned matrix, uint32_t barrier) {
 #ifdef LLA_SM90A_CODE
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(barrier)
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
+                 "%4}], [%5];" ::"r"(to),
+                 "l"(map), "r"(column), "r"(row), "r"(matrix), "r"(barrier)
                  : "memory");
 #endif
 }

@@ -125,16 +125,13 @@ template <class S> constexpr bool is_wgmma = S::MI == 1 && S::WARPS_N == 1;
 template <class T, Epilogue E, class S>
 lla_status launch_product(const lla_cuda_ctx *ctx, const char *name, const Product &a) {
     const size_t tiles = (tiles_of(a.n) * 16 + S::BM - 1) / S::BM * ((ctx->rows + S::BN - 1) / S::BN);
-    size_t resident = (size_t)ctx->sm_count * S::RESIDENT / S::CLUSTER * S::CLUSTER;
-#ifdef CLUSTERS_THAT_FIT
-    if (S::CLUSTER > 1) resident = CLUSTERS_THAT_FIT * S::CLUSTER;
-#endif
+    const size_t resident = (size_t)ctx->sm_count * S::RESIDENT / S::CLUSTER * S::CLUSTER;
     const dim3 grid((unsigned)(tiles < resident ? (tiles + S::CLUSTER - 1) / S::CLUSTER * S::CLUSTER : resident));
     if constexpr (is_wgmma<S>) {
-        CUtensorMap map;
-        LLA_TRY(map_rows(a.x, ctx->rows, a.k, S::BN / S::CLUSTER, &map));
+        CUtensorMap w, x;
+        LLA_TRY(map_product<S>(a, ctx->rows, &w, &x));
         return launch_clusters(ctx, name, wgmma_kernel<T, E, S>, grid, S::CLUSTER, S::THREADS_ + FILLERS<S>, S::SMEM, a,
-                               map);
+                               w, x);
     } else {
         return launch(ctx, name, product_kernel<T, E, S>, grid, S::THREADS_, S::SMEM, a);
     }

@@ -38,7 +38,7 @@ template <class S> constexpr int FILLERS = S::RESIDENT == 1 ? 128 : 32;
 
 template <class T, Epilogue E, class S>
 __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
-    wgmma_kernel(const Product a, const __grid_constant__ CUtensorMap x_map) {
+    wgmma_kernel(const Product a, const __grid_constant__ CUtensorMap w_map, const __grid_constant__ CUtensorMap x_map) {
 #ifdef LLA_SM90A_CODE
     extern __shared__ char smem[];
     __shared__ uint64_t barriers[2][S::STAGES];
@@ -70,14 +70,9 @@ __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
     if (warp >= S::WARPS_M) { /* those that fill the ring */
         if constexpr (FILLERS<S> == 128) give_registers<24>();
         const auto copy_w = [&](const Cursor<S> &at) {
-            const unsigned top = at.tile / columns * CLUSTER_HEIGHT + rank * HEIGHT;
-            const unsigned count = top >= ntiles ? 0 : ntiles - top < HEIGHT ? ntiles - top : HEIGHT;
-            const unsigned bytes = (ktiles - at.piece * KT < KT ? ktiles - at.piece * KT : KT) * 512;
-            const char *from = (const char *)a.w + ((size_t)top * ktiles + at.piece * KT) * 512;
-            const uint32_t to = base + at.stage * S::STAGE_BYTES;
-            barrier_arrive_for(full + 8 * at.stage, count * bytes + S::BN * 128);
-            for (unsigned i = 0; i < count; i++)
-                copy_bulk(to + i * (KT * 512), from + (size_t)i * ktiles * 512, bytes, full + 8 * at.stage);
+            barrier_arrive_for(full + 8 * at.stage, S::STAGE_BYTES);
+            copy_boxes(base + at.stage * S::STAGE_BYTES, &w_map, 0, at.piece * KT,
+                       at.tile / columns * CLUSTER_HEIGHT + rank * HEIGHT, full + 8 * at.stage);
         };
         const auto copy_x = [&](const Cursor<S> &at) {
             constexpr unsigned SHARE = S::BN / S::CLUSTER;
@@ -177,8 +172,10 @@ __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
 #endif
 }
 
-/* The map of x [rows, k] for boxes of BN rows by 64 columns. */
-lla_status map_rows(const void *x, size_t rows, size_t k, unsigned bn, CUtensorMap *map) {
+/* A map of 16-bit elements [sizes] for boxes of [box] of them, innermost first; rows follow each other. */
+template <int N>
+lla_status make_map(const void *at, const cuuint64_t (&sizes)[N], const cuuint32_t (&box)[N], CUtensorMapSwizzle swizzle,
+                    CUtensorMap *map) {
     using Encode = CUresult (*)(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *,
                                 const cuuint64_t *, const cuuint32_t *, const cuuint32_t *, CUtensorMapInterleave,
                                 CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -186,20 +183,29 @@ lla_status map_rows(const void *x, size_t rows, size_t k, unsigned bn, CUtensorM
     if (!encode) {
         void *found = nullptr;
         cudaDriverEntryPointQueryResult result;
-        const cudaError_t e =
-            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+        const cudaError_t e = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
+                                                               cudaEnableDefault, &result);
         if (e != cudaSuccess || !found)
             return lla_fail(LLA_EDEVICE, "the driver has no cuTensorMapEncodeTiled: %s", cudaGetErrorString(e));
         encode = (Encode)found;
     }
-    const cuuint64_t sizes[2] = {k, rows}, strides[1] = {k * 2};
-    const cuuint32_t box[2] = {64, bn}, steps[2] = {1, 1};
-    const CUresult r = encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 2, const_cast<void *>(x), sizes, strides, box, steps,
-                              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    cuuint64_t strides[N] = {sizes[0] * 2};
+    cuuint32_t steps[N];
+    for (int i = 1; i < N; i++) strides[i] = strides[i - 1] * sizes[i];
+    for (int i = 0; i < N; i++) steps[i] = 1;
+    const CUresult r = encode(map, CU_TENSOR_MAP_DATA_TYPE_UINT16, N, const_cast<void *>(at), sizes, strides, box, steps,
+                              CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (r != CUDA_SUCCESS)
-        return lla_fail(LLA_EDEVICE, "no tensor map for %zu rows of %zu elements: error %d", rows, k, (int)r);
+        return lla_fail(LLA_EDEVICE, "no tensor map for rows of %zu elements: error %d", (size_t)sizes[0], (int)r);
     return LLA_OK;
+}
+
+/* Packed weights [row tiles, k-tiles, 256] and x [rows, k], for pieces of the ring. */
+template <class S> lla_status map_product(const Product &a, size_t rows, CUtensorMap *w, CUtensorMap *x) {
+    LLA_TRY(make_map<3>(a.w, {256, tiles_of(a.k), tiles_of(a.n)}, {256, S::KT, S::BM / 16}, CU_TENSOR_MAP_SWIZZLE_NONE,
+                        w));
+    return make_map<2>(a.x, {a.k, rows}, {S::KT * 16, S::BN / S::CLUSTER}, CU_TENSOR_MAP_SWIZZLE_128B, x);
 }
 
 } // namespace
