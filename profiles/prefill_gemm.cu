@@ -1,7 +1,7 @@
 /* prefill_gemm.cu: tiles of step_gemm.cu against each other, and their bits against the kernels for few rows.
  *
- *   nvcc -O3 -std=c++17 -gencode arch=compute_90a,code=sm_90a profiles/prefill_gemm.cu kernels/cuda/step_linear.cu \
- *       kernels/cuda/step_rows.cu base/status.c -o prefill_gemm */
+ *   nvcc -O3 -std=c++17 -DLLA_SM90A -gencode arch=compute_90a,code=sm_90a profiles/prefill_gemm.cu
+ * kernels/cuda/step_linear.cu \ kernels/cuda/step_rows.cu -x c base/status.c -o prefill_gemm */
 #include "../kernels/cuda/step_gemm.cu"
 
 #include <algorithm>
@@ -231,41 +231,17 @@ template <class S> static void variant(Bench &b, const char *name, const std::ve
         fflush(stdout);
     }
 }
-#ifndef VARIANTS
-#define VARIANTS
-#endif
-VARIANTS
-
-template <class S> static void clusters() {
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = S::CLUSTER;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(132);
-    config.blockDim = dim3(S::THREADS_ + FILLERS<S>);
-    config.dynamicSmemBytes = S::SMEM;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
-    auto *kernel = wgmma_kernel<bf16, ADD, S>;
-    CHECK(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SMEM));
-    int n = 0;
-    CHECK(cudaOccupancyMaxActiveClusters(&n, kernel, &config));
-    printf("clusters of %d blocks that fit: %d\n", S::CLUSTER, n);
-}
 
 int main() {
     Bench b;
     b.make();
-    clusters<Tile<1, 24, 8, 1, 4, 5, 1, 2>>();
-    /* MI, NI, warps m, warps n, KT, stages, resident, cluster */
+    /* MI, NI, warps m, warps n, KT, stages, resident */
 #define V(counts, ...) variant<Tile<__VA_ARGS__>>(b, #__VA_ARGS__, std::vector<int> counts);
 #define A {300, 2048, 4096}
 #define F {65, 256, 512}
     V(A, 1, 24, 8, 1, 4, 5, 1)
-    V(A, 1, 24, 8, 1, 4, 5, 1, 2)
     V(A, 1, 16, 8, 1, 4, 6, 1)
-    V(A, 1, 16, 8, 1, 4, 6, 1, 2)
+    V(A, 3, 8, 4, 2, 4, 4, 1)
     V(F, 1, 24, 8, 1, 4, 5, 1)
     V(F, 1, 16, 8, 1, 4, 6, 1)
     V(F, 1, 8, 4, 1, 4, 4, 3)

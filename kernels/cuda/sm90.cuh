@@ -76,33 +76,6 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, unsigned parity) 
 #endif
 }
 
-/* ---- clusters ---- */
-
-__device__ __forceinline__ unsigned cluster_rank() {
-    unsigned rank = 0;
-#ifdef LLA_SM90A_CODE
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-    return rank;
-}
-
-/* All threads of the cluster's blocks meet. */
-__device__ __forceinline__ void cluster_sync() {
-#ifdef LLA_SM90A_CODE
-    asm volatile("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-/* Arrives at the barrier that lies at this address in the cluster's block `rank`. */
-__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, unsigned rank) {
-#ifdef LLA_SM90A_CODE
-    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(barrier),
-                 "r"(rank)
-                 : "memory");
-#endif
-}
-
 /* ---- bulk copies to shared memory, which complete on a barrier ---- */
 
 /* The box of a stack of matrices that begins at (matrix, row, column); what lies outside is zero. */
@@ -123,17 +96,6 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap *map, un
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
                  "%3}], [%4];" ::"r"(to),
                  "l"(map), "r"(column), "r"(row), "r"(barrier)
-                 : "memory");
-#endif
-}
-
-/* The same into all blocks of the cluster whose bit is set, at this address, with the barrier at this address. */
-__device__ __forceinline__ void copy_box_to(uint16_t blocks, uint32_t to, const CUtensorMap *map, unsigned column,
-                                            unsigned row, uint32_t barrier) {
-#ifdef LLA_SM90A_CODE
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-                 "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-                 "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
                  : "memory");
 #endif
 }

@@ -59,45 +59,29 @@ __host__ __device__ inline size_t packed_index(size_t row, size_t col, size_t kt
     return (tile * ktiles + col / LLA_TILE) * 256 + lane * 8 + (c >= 8 ? 4 : 0) + (r >= 8 ? 2 : 0) + c % 2;
 }
 
-/* Launches a kernel of the step, with a programmatic edge from the kernel before where the context says so; `cluster`
- * neighbouring blocks share their memory (sm_90 and newer; 1: none do). */
+/* Launches a kernel of the step, with a programmatic edge from the kernel before where the context says so. */
 template <class... Params, class... Args>
-lla_status launch_clusters(const lla_cuda_ctx *ctx, const char *name, void (*kernel)(Params...), dim3 grid,
-                           unsigned cluster, int threads, size_t smem, Args... args) {
+lla_status launch(const lla_cuda_ctx *ctx, const char *name, void (*kernel)(Params...), dim3 grid, int threads,
+                  size_t smem, Args... args) {
     if (smem > 48 * 1024) {
         const cudaError_t e = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem);
         if (e != cudaSuccess)
             return lla_fail(LLA_EDEVICE, "%s: %zu bytes of shared memory: %s", name, smem, cudaGetErrorString(e));
     }
-    cudaLaunchAttribute attributes[2] = {};
-    unsigned count = 0;
-    if (ctx->pdl) {
-        attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-    }
-    if (cluster > 1) {
-        attributes[count].id = cudaLaunchAttributeClusterDimension;
-        attributes[count].val.clusterDim.x = cluster;
-        attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
-        count++;
-    }
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = dim3((unsigned)threads);
     config.dynamicSmemBytes = smem;
     config.stream = (cudaStream_t)ctx->stream;
-    config.attrs = attributes;
-    config.numAttrs = count;
+    config.attrs = &attribute;
+    config.numAttrs = ctx->pdl ? 1 : 0;
     const cudaError_t e = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
     if (e != cudaSuccess) return lla_fail(LLA_EDEVICE, "%s: launch failed: %s", name, cudaGetErrorString(e));
     return LLA_OK;
-}
-
-template <class... Params, class... Args>
-lla_status launch(const lla_cuda_ctx *ctx, const char *name, void (*kernel)(Params...), dim3 grid, int threads,
-                  size_t smem, Args... args) {
-    return launch_clusters(ctx, name, kernel, grid, 1, threads, smem, args...);
 }
 
 /* Whether the device runs code for sm_90a, and the build has some. */

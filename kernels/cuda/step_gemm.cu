@@ -125,13 +125,12 @@ template <class S> constexpr bool is_wgmma = S::MI == 1 && S::WARPS_N == 1;
 template <class T, Epilogue E, class S>
 lla_status launch_product(const lla_cuda_ctx *ctx, const char *name, const Product &a) {
     const size_t tiles = (tiles_of(a.n) * 16 + S::BM - 1) / S::BM * ((ctx->rows + S::BN - 1) / S::BN);
-    const size_t resident = (size_t)ctx->sm_count * S::RESIDENT / S::CLUSTER * S::CLUSTER;
-    const dim3 grid((unsigned)(tiles < resident ? (tiles + S::CLUSTER - 1) / S::CLUSTER * S::CLUSTER : resident));
+    const size_t resident = (size_t)ctx->sm_count * S::RESIDENT;
+    const dim3 grid((unsigned)(tiles < resident ? tiles : resident));
     if constexpr (is_wgmma<S>) {
         CUtensorMap w, x;
         LLA_TRY(map_product<S>(a, ctx->rows, &w, &x));
-        return launch_clusters(ctx, name, wgmma_kernel<T, E, S>, grid, S::CLUSTER, S::THREADS_ + FILLERS<S>, S::SMEM, a,
-                               w, x);
+        return launch(ctx, name, wgmma_kernel<T, E, S>, grid, S::THREADS_ + FILLERS<S>, S::SMEM, a, w, x);
     } else {
         return launch(ctx, name, product_kernel<T, E, S>, grid, S::THREADS_, S::SMEM, a);
     }
@@ -146,8 +145,8 @@ template <class S> double cost(const lla_cuda_ctx *ctx, const Product &a, double
 
 template <class T, Epilogue E> lla_status dispatch(const lla_cuda_ctx *ctx, const char *name, const Product &a) {
     if (has_wgmma(ctx)) { /* speeds: profiles/prefill.md */
-        const double large = cost<WideLarge>(ctx, a, 1.0), middle = cost<WideMiddle>(ctx, a, 0.87),
-                     small = cost<WideSmall>(ctx, a, 0.68);
+        const double large = cost<WideLarge>(ctx, a, 1.0), middle = cost<WideMiddle>(ctx, a, 1.0),
+                     small = cost<WideSmall>(ctx, a, 0.76);
         if (small < large && small < middle) return launch_product<T, E, WideSmall>(ctx, name, a);
         if (middle < large) return launch_product<T, E, WideMiddle>(ctx, name, a);
         return launch_product<T, E, WideLarge>(ctx, name, a);
@@ -172,7 +171,6 @@ bool takes(const lla_cuda_ctx *ctx, size_t n, size_t k) {
            Small::SMEM <= ctx->max_smem;
 }
 
-/* The kernel after this one's norm depends on it alone: it always gets an edge of its own. */
 Product product(const lla_cuda_ctx *ctx, size_t x, size_t w, size_t out, size_t n, size_t k) {
     Product a = {};
     a.header = (const lla_step_header *)(ctx->arena + ctx->io.header);

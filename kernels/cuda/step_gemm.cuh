@@ -29,11 +29,9 @@ struct Product {
 };
 
 /* Sizes of a tile: warps WARPS_M x WARPS_N, each with MI x 16 weight rows by NI x 8 rows of the step. */
-template <int MI_, int NI_, int WARPS_M_, int WARPS_N_, int KT_, int STAGES_, int RESIDENT_, int CLUSTER_ = 1>
-struct Tile {
+template <int MI_, int NI_, int WARPS_M_, int WARPS_N_, int KT_, int STAGES_, int RESIDENT_> struct Tile {
     static constexpr int MI = MI_, NI = NI_, WARPS_M = WARPS_M_, WARPS_N = WARPS_N_, KT = KT_, STAGES = STAGES_;
-    static constexpr int RESIDENT = RESIDENT_;                                       /* blocks on an SM */
-    static constexpr int CLUSTER = CLUSTER_;   /* blocks that share rows of x */
+    static constexpr int RESIDENT = RESIDENT_; /* blocks on an SM */
     static constexpr int BM = 16 * MI * WARPS_M, BN = 8 * NI * WARPS_N, THREADS_ = 32 * WARPS_M * WARPS_N;
     static constexpr int UNITS = 2 * KT, ROW_BYTES = 16 * UNITS; /* of a row of x in a piece */
     static constexpr int W_BYTES = BM / 16 * KT * 512, STAGE_BYTES = W_BYTES + BN * ROW_BYTES;
