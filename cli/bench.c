@@ -238,28 +238,34 @@ static lla_status prefill(struct lla_runner *r, const struct options *o, const i
 }
 
 #ifdef LLA_CUDA
+/* What each op of the last step costs, by leaving it out, and alone. */
+static lla_status ablate(struct lla_runner *r, size_t bucket, size_t count) {
+    static const char *const names[] = {
+#define X(NAME, suffix) #suffix,
+        LLA_NODE_OPS(X)
+#undef X
+    };
+    const struct lla_program *program = &r->programs[bucket];
+    double whole[3], ms[3];
+    LLA_TRY(lla_exec_cuda_time(r->cuda, program, 0, count, whole));
+    printf("bucket of %zu rows: %.1f us\n", program->rows, 1e3 * whole[0]);
+    for (unsigned op = 0; op < LLA_OP_COUNT; op++) {
+        LLA_TRY(lla_exec_cuda_time(r->cuda, program, 1u << op, count, ms));
+        printf("without %-10s %8.1f us less\n", names[op], 1e3 * (whole[0] - ms[0]));
+    }
+    for (unsigned op = 0; op < LLA_OP_COUNT; op++) {
+        LLA_TRY(lla_exec_cuda_time(r->cuda, program, ~(1u << op), count, ms));
+        printf("alone   %-10s %8.1f us\n", names[op], 1e3 * ms[0]);
+    }
+    return LLA_OK;
+}
+
 /* The last decode step replayed many times in a row, and the plain-read ceiling of the same memory. */
 static lla_status measure_device(struct lla_runner *r, const struct options *o, struct report *report) {
     double ms[3];
     size_t bucket = 0;
     while (r->programs[bucket].rows < o->batch) bucket++;
-    if (o->ablate) {
-        static const char *const names[] = {
-#define X(NAME, suffix) #suffix,
-            LLA_NODE_OPS(X)
-#undef X
-        };
-        double whole[3];
-        LLA_TRY(lla_exec_cuda_time(r->cuda, &r->programs[bucket], 0, 200, whole));
-        for (unsigned op = 0; op < LLA_OP_COUNT; op++) {
-            LLA_TRY(lla_exec_cuda_time(r->cuda, &r->programs[bucket], 1u << op, 200, ms));
-            printf("without %-10s %8.1f us less\n", names[op], 1e3 * (whole[0] - ms[0]));
-        }
-        for (unsigned op = 0; op < LLA_OP_COUNT; op++) {
-            LLA_TRY(lla_exec_cuda_time(r->cuda, &r->programs[bucket], ~(1u << op), 200, ms));
-            printf("alone   %-10s %8.1f us\n", names[op], 1e3 * ms[0]);
-        }
-    }
+    if (o->ablate) LLA_TRY(ablate(r, bucket, 200));
     LLA_TRY(lla_exec_cuda_time(r->cuda, &r->programs[bucket], 0, 200, ms));
     report->device = (struct sample){1e-3 * ms[0], 1e-3 * ms[1], 1e-3 * ms[2]};
     return lla_exec_cuda_read_ceiling(r->cuda, &report->read_gbs);
@@ -289,6 +295,15 @@ static lla_status measure(struct lla_runner *r, const struct options *o, struct 
         LLA_TRY_GOTO(status, prefill(r, o, prompts, blocks, next), out);
         prefills[i] = now() - start;
     }
+
+#ifdef LLA_CUDA
+    if (o->is_cuda && o->ablate) { /* the prompt's last step */
+        const size_t most = r->graph.dims.max_rows, rest = o->context % most ? o->context % most : most;
+        size_t bucket = 0;
+        while (r->programs[bucket].rows < rest) bucket++;
+        LLA_TRY_GOTO(status, ablate(r, bucket, 20), out);
+    }
+#endif
 
     /* a plain read of the same weights, at most 4 GB of them, after every eighth decode step */
     const size_t read_bytes =
@@ -403,7 +418,7 @@ static void usage(FILE *out) {
                  "  --context N      tokens of each prompt (128)\n"
                  "  --new N          tokens decoded for each sequence (64)\n"
                  "  --repeat N       times that the prompts are prefilled (3)\n"
-                 "  --prefill-chunk N  rows of a prefill step (512)\n"
+                 "  --prefill-chunk N  rows of a prefill step (512, nvidia: 2048)\n"
                  "  --threads N      CPU threads (all)\n"
                  "  --ablate         nvidia: what each op costs, by leaving it out, and alone\n"
                  "  --json           one JSON object instead of text\n");

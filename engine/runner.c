@@ -23,13 +23,14 @@ static lla_status add_bucket(struct lla_runner *r, size_t rows, size_t logits) {
     return LLA_OK;
 }
 
-/* Decode: 1, 2, 4, ... up to max_seqs rows; prefill: powers of four above that, up to the largest step. */
+/* Decode: 1, 2, 4, ... up to max_seqs rows; prefill above that, up to the largest step: four times, from 64 rows on
+ * twice the one before (a GPU's kernels look at the step's rows, but their tiles are chosen for the bucket's). */
 static lla_status build_buckets(struct lla_runner *r) {
     const size_t seqs = r->graph.dims.max_seqs, rows = r->graph.dims.max_rows;
     size_t n = 1;
     for (; n < seqs; n *= 2) LLA_TRY(add_bucket(r, n, n));
     LLA_TRY(add_bucket(r, seqs, seqs));
-    for (n *= 4; n < rows; n *= 4) LLA_TRY(add_bucket(r, n, seqs));
+    for (n *= n < 64 ? 4 : 2; n < rows; n *= n < 64 ? 4 : 2) LLA_TRY(add_bucket(r, n, seqs));
     return add_bucket(r, rows, seqs);
 }
 

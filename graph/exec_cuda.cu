@@ -45,9 +45,10 @@ lla_status lla_exec_cuda_available(int device_id, size_t *nbytes) {
 static lla_status create(lla_exec_cuda *exec) {
     const lla_graph *g = exec->graph;
     LLA_TRY(use(exec));
-    int sms, major, smem;
+    int sms, major, minor, smem;
     CUDA_TRY(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, exec->device_id));
     CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, exec->device_id));
+    CUDA_TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, exec->device_id));
     CUDA_TRY(cudaDeviceGetAttribute(&smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, exec->device_id));
     CUDA_TRY(cudaStreamCreateWithFlags(&exec->stream, cudaStreamNonBlocking));
     CUDA_TRY(cudaMalloc((void **)&exec->ctx.arena, g->plan.total));
@@ -62,6 +63,7 @@ static lla_status create(lla_exec_cuda *exec) {
     exec->ctx.dims = g->dims;
     exec->ctx.io = g->io;
     exec->ctx.sm_count = sms;
+    exec->ctx.compute = 10 * major + minor;
     exec->ctx.max_smem = (size_t)smem;
     exec->ctx.pdl = major >= 9;
     exec->ctx.stream = exec->stream;

@@ -16,8 +16,8 @@ static size_t min_size(size_t a, size_t b) {
 }
 
 lla_status lla_limits_resolve(const struct lla_spec *spec, struct lla_limits *limits) {
-    /* a GPU's step kernels take 64 rows at a time */
-    const size_t default_seq = 4096, default_chunk = limits->device == LLAISYS_DEVICE_CPU ? 512 : 64,
+    /* a GPU's products want rows: with 512 a step's tiles do not fill an H100 (profiles/prefill.md) */
+    const size_t default_seq = 4096, default_chunk = limits->device == LLAISYS_DEVICE_CPU ? 512 : 2048,
                  default_block = 32;
     if (!limits->max_seq) limits->max_seq = min_size(spec->max_position, default_seq);
     if (!limits->max_seqs) limits->max_seqs = 1;

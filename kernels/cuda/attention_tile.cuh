@@ -10,7 +10,7 @@
 #ifndef LLA_ATTENTION_TILE_CUH
 #define LLA_ATTENTION_TILE_CUH
 
-#include "step.cuh"
+#include "step_math.cuh"
 
 enum { SPLIT = LLA_CUDA_SPLIT, HEADS = 8 /* columns of an mma: query heads worked on together */ };
 
@@ -61,16 +61,6 @@ __device__ __forceinline__ void merge(Partial &sum, const Partial &next) {
     }
 }
 
-template <class T> __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-    union {
-        T h[2];
-        uint32_t u;
-    } pair;
-    pair.h[0] = from_float<T>(low);
-    pair.h[1] = from_float<T>(high);
-    return pair.u;
-}
-
 /* The first `valid` tokens (1 .. SPLIT) of the split; eight warps, `barrier` is theirs. The rows of V behind them hold
  * finite numbers. Returns with the memory still in use by other warps. */
 template <class T, int DIM, class Barrier>
@@ -88,8 +78,8 @@ __device__ __forceinline__ Partial attend(SplitMemory<T, DIM> &s, int warp, int 
         const int first = 16 * warp + g;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            c[h] = first < valid ? c[h] * scale : -INFINITY;
-            c[h + 2] = first + 8 < valid ? c[h + 2] * scale : -INFINITY;
+            c[h] = first < valid ? __fmul_rn(c[h], scale) : -INFINITY;
+            c[h + 2] = first + 8 < valid ? __fmul_rn(c[h + 2], scale) : -INFINITY;
             top[h] = fmaxf(c[h], c[h + 2]);
             for (int o = 4; o < 32; o *= 2) top[h] = fmaxf(top[h], __shfl_xor_sync(~0u, top[h], o));
         }
@@ -106,8 +96,8 @@ __device__ __forceinline__ Partial attend(SplitMemory<T, DIM> &s, int warp, int 
     }
     if (warp < SPLIT / 16) { /* scores are [token, head]; as B operand they are wanted by head, then token */
         uint2 p;
-        p.x = transpose_8x8(pack_pair<T>(exp2_fast(c[0] - part.m[0]), exp2_fast(c[1] - part.m[1])));
-        p.y = transpose_8x8(pack_pair<T>(exp2_fast(c[2] - part.m[0]), exp2_fast(c[3] - part.m[1])));
+        p.x = transpose_8x8(pack_pair<T>(exp2_fast(__fsub_rn(c[0], part.m[0])), exp2_fast(__fsub_rn(c[1], part.m[1]))));
+        p.y = transpose_8x8(pack_pair<T>(exp2_fast(__fsub_rn(c[2], part.m[0])), exp2_fast(__fsub_rn(c[3], part.m[1]))));
         s.p[warp][lane] = p;
     }
     barrier();

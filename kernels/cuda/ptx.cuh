@@ -111,7 +111,7 @@ __device__ __forceinline__ uint4 ldmatrix_x4_trans(uint32_t address) {
     return r;
 }
 
-/* An 8 x 8 matrix of 16-bit elements, spread over the warp as an mma operand is, with rows and columns exchanged. */
+/* Transposes an 8 x 8 matrix of 16-bit elements that a warp holds: lane l has elements 2 (l % 4), + 1 of row l / 4. */
 __device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
     uint32_t r;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));

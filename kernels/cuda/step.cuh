@@ -106,6 +106,15 @@ lla_status launch(const lla_cuda_ctx *ctx, const char *name, void (*kernel)(Para
     return launch_clusters(ctx, name, kernel, grid, threads, smem, 1, args...);
 }
 
+/* Whether the device runs code for sm_90a, and the build has some. */
+inline bool has_wgmma(const lla_cuda_ctx *ctx) {
+#ifdef LLA_SM90A
+    return ctx->compute == 90;
+#else
+    return false;
+#endif
+}
+
 /* Runs `call` with T bound to the dtype's C++ type. */
 #define LLA_CUDA_BY_DTYPE(dtype, ...)                                                                                  \
     do {                                                                                                               \

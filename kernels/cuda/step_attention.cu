@@ -6,6 +6,7 @@
  * step has more splits than `partial` holds (prompts), a block takes a whole row and merges as it goes: the same
  * numbers in the same order. */
 #include "step_attention.cuh"
+#include "step_many.h"
 
 namespace {
 
@@ -144,6 +145,7 @@ template <class T, int DIM> lla_status launch_attention(const lla_cuda_ctx *ctx,
 } // namespace
 
 lla_status lla_cuda_attention(const lla_cuda_ctx *ctx, const lla_attention_args *args) {
+    if (lla_many_attention_takes(ctx)) return lla_many_attention(ctx, args);
     const lla_dims &d = ctx->dims;
     char *arena = ctx->arena;
     Attention a = {};

@@ -6,6 +6,7 @@
  * while it multiplies. The first 2 DEPTH are requested before the wait for the kernel before, since weights do not
  * depend on it. */
 #include "step_linear.cuh"
+#include "step_many.h"
 
 #include <type_traits>
 
@@ -244,6 +245,7 @@ template <class T, Epilogue E> lla_status dispatch(const lla_cuda_ctx *ctx, cons
 } // namespace
 
 lla_status lla_cuda_qkv(const lla_cuda_ctx *ctx, const lla_qkv_args *args) {
+    if (lla_many_qkv_takes(ctx)) return lla_many_qkv(ctx, args);
     const lla_dims &d = ctx->dims;
     char *m = ctx->arena;
     Linear a = {};
@@ -274,6 +276,7 @@ lla_status lla_cuda_qkv(const lla_cuda_ctx *ctx, const lla_qkv_args *args) {
 }
 
 lla_status lla_cuda_linear_add(const lla_cuda_ctx *ctx, const lla_linear_add_args *args) {
+    if (lla_many_linear_add_takes(ctx, args)) return lla_many_linear_add(ctx, args);
     Linear a = {};
     a.header = (const lla_step_header *)(ctx->arena + ctx->io.header);
     a.max_rows = ctx->rows;
@@ -286,6 +289,7 @@ lla_status lla_cuda_linear_add(const lla_cuda_ctx *ctx, const lla_linear_add_arg
 }
 
 lla_status lla_cuda_gate_up(const lla_cuda_ctx *ctx, const lla_gate_up_args *args) {
+    if (lla_many_gate_up_takes(ctx)) return lla_many_gate_up(ctx, args);
     Linear a = {};
     a.header = (const lla_step_header *)(ctx->arena + ctx->io.header);
     a.max_rows = ctx->rows;

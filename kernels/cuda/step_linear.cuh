@@ -3,7 +3,7 @@
 #ifndef LLA_STEP_LINEAR_CUH
 #define LLA_STEP_LINEAR_CUH
 
-#include "step.cuh"
+#include "step_math.cuh"
 
 enum Epilogue { QKV, ADD, SWIGLU, STORE };
 
@@ -35,52 +35,21 @@ __device__ __forceinline__ size_t source(const Linear &a, size_t r) {
  * is one: a row's sum is always one warp's. */
 template <class T, int W>
 __device__ void stage_norm(const Linear &a, size_t first, size_t rows, T *staged, size_t pitch, int warp, int lane) {
-    constexpr int UNIT = 16 / sizeof(T), IN_FLIGHT = 6; /* elements of a 16-byte load, and loads at once */
+    constexpr int UNIT = 16 / sizeof(T); /* elements of a 16-byte load */
     const bool shared_row = rows == 1, wide = a.k % UNIT == 0;
     const int place = shared_row ? threadIdx.x : lane, places = shared_row ? 32 * W : 32;
     for (size_t r = shared_row ? 0 : warp; r < rows; r += W) {
         const T *x = (const T *)a.x + source(a, first + r) * a.k, *norm = (const T *)a.norm;
         T *to = staged + r * pitch;
-        float sum = 0;
+        const float scale = norm_scale<T>(x, a.k, a.eps, lane);
         if (wide) {
-            for (size_t i = lane; i < a.k / UNIT; i += 32 * IN_FLIGHT) {
-                uint4 v[IN_FLIGHT];
-#pragma unroll
-                for (int j = 0; j < IN_FLIGHT; j++)
-                    if (i + 32 * j < a.k / UNIT) v[j] = reinterpret_cast<const uint4 *>(x)[i + 32 * j];
-#pragma unroll
-                for (int j = 0; j < IN_FLIGHT; j++)
-                    if (i + 32 * j < a.k / UNIT)
-#pragma unroll
-                        for (int e = 0; e < UNIT; e++) {
-                            const float f = to_float<T>(reinterpret_cast<const T *>(&v[j])[e]);
-                            sum = fmaf(f, f, sum);
-                        }
-            }
-        } else {
-            for (size_t i = lane; i < a.k; i += 32) {
-                const float v = to_float<T>(x[i]);
-                sum = fmaf(v, v, sum);
-            }
-        }
-        for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-        const float scale = 1.0f / sqrtf(sum / (float)a.k + a.eps);
-        if (wide) {
-            for (size_t i = place; i < a.k / UNIT; i += places) { /* x comes from the first-level cache now */
-                const uint4 v = reinterpret_cast<const uint4 *>(x)[i], w = reinterpret_cast<const uint4 *>(norm)[i];
-                uint4 y;
-#pragma unroll
-                for (int e = 0; e < UNIT; e++)
-                    reinterpret_cast<T *>(&y)[e] =
-                        from_float<T>(to_float<T>(reinterpret_cast<const T *>(&w)[e]) *
-                                      rounded<T>(to_float<T>(reinterpret_cast<const T *>(&v)[e]) * scale));
-                reinterpret_cast<uint4 *>(to)[i] = y;
-            }
+            for (size_t i = place; i < a.k / UNIT; i += places) /* x comes from the first-level cache now */
+                reinterpret_cast<uint4 *>(to)[i] = normed_unit<T>(reinterpret_cast<const uint4 *>(x)[i],
+                                                                  reinterpret_cast<const uint4 *>(norm)[i], scale);
             for (size_t i = a.k + place; i < pitch; i += places) to[i] = from_float<T>(0.0f);
         } else {
             for (size_t i = place; i < pitch; i += places)
-                to[i] = i < a.k ? from_float<T>(to_float<T>(norm[i]) * rounded<T>(to_float<T>(x[i]) * scale))
-                                : from_float<T>(0.0f);
+                to[i] = i < a.k ? normed<T>(x[i], norm[i], scale) : from_float<T>(0.0f);
         }
     }
 }
@@ -137,12 +106,7 @@ __device__ __forceinline__ void finish(const Linear &a, size_t row, size_t tile,
         if (head >= a.nhead + 2 * a.nkvhead) return;
         low = rounded<T>(low + p.low);
         high = rounded<T>(high + p.high);
-        if (head < a.nhead + a.nkvhead) {
-            const float ac = rounded<T>(low * p.c), bs = rounded<T>(high * p.s), bc = rounded<T>(high * p.c),
-                        as = rounded<T>(low * p.s);
-            low = ac - bs;
-            high = bc + as;
-        }
+        if (head < a.nhead + a.nkvhead) rotate<T>(low, high, p.c, p.s);
         T *to;
         if (head < a.nhead) {
             to = (T *)a.q + (row * a.nhead + head) * a.head_dim;
@@ -156,8 +120,7 @@ __device__ __forceinline__ void finish(const Linear &a, size_t row, size_t tile,
     } else if (E == SWIGLU) {
         const size_t j = tile * 8 + g;
         if (j >= a.half) return;
-        const float gate = rounded<T>(low), up = rounded<T>(high);
-        ((T *)a.out)[row * a.half + j] = from_float<T>(rounded<T>(gate / (1.0f + expf(-gate))) * up);
+        ((T *)a.out)[row * a.half + j] = swiglu<T>(low, high);
     } else {
         const size_t n = tile * LLA_TILE + g;
         T *out = (T *)a.out + row * a.n + n;

@@ -46,9 +46,9 @@ static void fill(struct pair *p) {
     }
 }
 
-static bool make(struct pair *p, const struct lla_spec *spec, size_t max_seqs) {
+static bool make(struct pair *p, const struct lla_spec *spec, size_t max_seqs, size_t chunk) {
     struct lla_limits limits = {
-        .max_seq = 700, .max_seqs = max_seqs, .kv_tokens = 700 * 4, .kv_block = 32, .prefill_chunk = 64};
+        .max_seq = 700, .max_seqs = max_seqs, .kv_tokens = 700 * 4, .kv_block = 32, .prefill_chunk = chunk};
     if (limits.kv_tokens < limits.max_seq) limits.kv_tokens = limits.max_seq;
     const struct lla_shard whole = {0, 1};
     CHECK_INT(lla_runner_create(spec, &limits, whole, 0, 2, &p->cpu), LLA_OK);
@@ -203,8 +203,11 @@ static void compare_shape(struct lla_spec spec) {
     static const struct sequence one[] = {{5, 1}}, deep[] = {{650, 1}}, three[] = {{0, 1}, {127, 1}, {128, 1}};
     static const struct sequence mixed[] = {{0, 20}, {300, 1}, {130, 12}}, prompt[] = {{100, 64}},
                                  many[] = {{7, 9}, {3, 8}};
+    /* more than 64 rows: the kernels for many */
+    static const struct sequence barely[] = {{0, 65}}, chunk[] = {{61, 130}}, two[] = {{0, 200}, {333, 57}},
+                                 large[] = {{128, 500}}, among[] = {{40, 90}, {650, 1}, {0, 140}};
     struct pair p;
-    if (!make(&p, &spec, 3)) return;
+    if (!make(&p, &spec, 3, 512)) return;
     const double bound = spec.dtype == LLAISYS_DTYPE_F32 ? 2e-5 : spec.dtype == LLAISYS_DTYPE_F16 ? 4e-3 : 2e-2;
     compare(&p, one, 1, bound);
     compare(&p, deep, 1, bound);
@@ -212,6 +215,11 @@ static void compare_shape(struct lla_spec spec) {
     compare(&p, mixed, 3, bound);
     compare(&p, prompt, 1, bound);
     compare(&p, many, 2, bound);
+    compare(&p, barely, 1, bound);
+    compare(&p, chunk, 1, bound);
+    compare(&p, two, 2, bound);
+    compare(&p, large, 1, bound);
+    compare(&p, among, 3, bound);
     unmake(&p);
 }
 
@@ -227,6 +235,7 @@ TEST(nodes_bf16) {
 TEST(nodes_f16_f32) {
     need_gpu();
     compare_shape(shape(LLAISYS_DTYPE_F16, 256, 4, 2, 64, 768, 1536, true));
+    compare_shape(shape(LLAISYS_DTYPE_F16, 264, 6, 2, 128, 328, 500, false));
     compare_shape(shape(LLAISYS_DTYPE_F32, 256, 4, 2, 64, 768, 1536, true));
     compare_shape(shape(LLAISYS_DTYPE_F32, 75, 5, 5, 32, 101, 77, false));
 }
@@ -236,7 +245,7 @@ TEST(bits_do_not_depend_on_the_bucket) {
     need_gpu();
     struct lla_spec spec = shape(LLAISYS_DTYPE_BF16, 512, 8, 2, 64, 1408, 3000, false);
     struct pair p;
-    if (!make(&p, &spec, 64)) return;
+    if (!make(&p, &spec, 64, 64)) return;
     enum { PROMPT = 40, NEW = 6 };
     const size_t vocab = spec.vocab;
     float *alone = malloc(NEW * vocab * sizeof *alone), *among = malloc(vocab * sizeof *among);
@@ -289,6 +298,83 @@ TEST(bits_do_not_depend_on_the_bucket) {
     free(alone);
     free(among);
     unmake(&p);
+}
+
+enum { LONG_PROMPT = 300 };
+
+/* Logits behind a prompt that was fed in these chunks (the last size again and again), and keys and values of all
+ * layers. What memory held before is poison. */
+static void run_chunks(struct lla_runner *r, const int64_t *prompt, const size_t *chunks, float *logits, char *kv) {
+    const struct lla_graph *g = &r->graph;
+    const size_t bytes = g->kv_layer_stride * g->plan.spec.nlayer;
+    memset(kv, 0xff, 2 * bytes);
+    lla_exec_cuda_write(r->cuda, g->offset[LLA_B_K_CACHE], bytes, kv);
+    lla_exec_cuda_write(r->cuda, g->offset[LLA_B_V_CACHE], bytes, kv);
+    int32_t blocks[16];
+    for (int b = 0; b < 16; b++) blocks[b] = 3 + 2 * b;
+    int64_t next;
+    for (size_t done = 0, n; done < LONG_PROMPT; done += n) {
+        n = LONG_PROMPT - done < *chunks ? LONG_PROMPT - done : *chunks;
+        if (chunks[1]) chunks++;
+        const struct lla_step_seq seq = {
+            .tokens = prompt + done, .ntoken = n, .position0 = done, .blocks = blocks, .want_next = true};
+        const lla_status status = lla_runner_step(r, &seq, 1, &next);
+        if (status) printf("  %s\n", lla_last_error());
+        CHECK_INT(status, LLA_OK);
+    }
+    lla_runner_logits(r, 0, logits);
+    lla_exec_cuda_read(r->cuda, g->offset[LLA_B_K_CACHE], bytes, kv);
+    lla_exec_cuda_read(r->cuda, g->offset[LLA_B_V_CACHE], bytes, kv + bytes);
+}
+
+static void compare_chunks(struct lla_spec spec, const size_t (*chunks)[8], size_t count) {
+    struct pair p;
+    if (!make(&p, &spec, 1, 300)) return;
+    const size_t bytes = 2 * p.gpu.graph.kv_layer_stride * spec.nlayer;
+    float *whole = malloc(spec.vocab * sizeof *whole), *logits = malloc(spec.vocab * sizeof *logits);
+    char *whole_kv = malloc(bytes), *kv = malloc(bytes);
+    int64_t prompt[LONG_PROMPT];
+    for (int i = 0; i < LONG_PROMPT; i++) prompt[i] = draw() % spec.vocab;
+    run_chunks(&p.gpu, prompt, (const size_t[]){LONG_PROMPT, 0}, whole, whole_kv);
+    CHECK(isfinite(whole[0]));
+    for (size_t i = 0; i < count; i++) {
+        run_chunks(&p.gpu, prompt, chunks[i], logits, kv);
+        const int same_logits = !memcmp(whole, logits, spec.vocab * sizeof *whole),
+                  same_kv = !memcmp(whole_kv, kv, bytes);
+        if (!same_logits || !same_kv)
+            printf("  head_dim %zu, chunks of %zu, %zu, ...: %s differ\n", spec.head_dim, chunks[i][0], chunks[i][1],
+                   same_logits ? "keys and values" : "logits");
+        CHECK(same_logits && same_kv);
+    }
+    free(whole);
+    free(logits);
+    free(whole_kv);
+    free(kv);
+    unmake(&p);
+}
+
+static const struct {
+    size_t hidden, nhead, nkvhead, head_dim, ffn;
+} chunked_shapes[] = {{512, 8, 2, 64, 1408}, {384, 6, 1, 128, 4160}, {200, 14, 2, 64, 584}};
+
+/* In chunks that are all computed by the kernels for many rows. */
+TEST(bits_do_not_depend_on_large_chunks) {
+    need_gpu();
+    static const size_t chunks[][8] = {{65, 170, 65}, {100}, {150}, {233, 67}};
+    for (size_t i = 0; i < 3; i++)
+        compare_chunks(shape(LLAISYS_DTYPE_BF16, chunked_shapes[i].hidden, chunked_shapes[i].nhead,
+                             chunked_shapes[i].nkvhead, chunked_shapes[i].head_dim, chunked_shapes[i].ffn, 1000, false),
+                       chunks, 4);
+}
+
+/* In chunks for the kernels for few rows, too. */
+TEST(bits_do_not_depend_on_small_chunks) {
+    need_gpu();
+    static const size_t chunks[][8] = {{64}, {7}, {200, 1}, {1, 150, 20}};
+    for (size_t i = 0; i < 3; i++)
+        compare_chunks(shape(LLAISYS_DTYPE_BF16, chunked_shapes[i].hidden, chunked_shapes[i].nhead,
+                             chunked_shapes[i].nkvhead, chunked_shapes[i].head_dim, chunked_shapes[i].ffn, 1000, false),
+                       chunks, 4);
 }
 
 RUN_TESTS()

@@ -71,7 +71,7 @@ struct LlaisysQwen2Options {
     int ndevice;             /* 0: 1 */
     llaisysDataType_t dtype; /* INVALID: the checkpoint's */
     size_t maxseq;           /* tokens; 0: the smaller of the model's context and 4096 */
-    size_t prefill_chunk;    /* tokens of a prompt computed at once; 0: 512 */
+    size_t prefill_chunk;    /* tokens of a prompt computed at once; 0: 512, on a GPU 2048 */
     int nthread;             /* CPU threads; 0: all cores that the process may use */
     int progress;            /* 1: a progress bar on standard error where that is a terminal */
 };

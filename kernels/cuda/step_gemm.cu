@@ -1,0 +1,233 @@
+/* step_gemm.cu: the step's matrix products for many rows: norm, then x w^T on packed weights with what follows.
+ *
+ * Two kernels give the same bits: wgmma on sm_90a (step_gemm_sm90.cuh), mma.sync elsewhere. Either keeps two sets of
+ * sums in registers, `part` of the current part of K and `total` of the parts before it: nodes.h has the order. That
+ * second set bounds the tile, and the tile bounds the speed: with mma.sync a warp of WM x WN sums reads (WM + WN) 32
+ * bytes of shared memory for every 16 columns, of 128 bytes that an SM moves in a cycle. */
+#include "step_gemm.cuh"
+#include "step_gemm_sm90.cuh"
+#include "step_many.h"
+
+namespace {
+
+/* ---- the product ---- */
+
+template <class T, Epilogue E, class S>
+__global__ void __launch_bounds__(S::THREADS_, S::RESIDENT) product_kernel(const Product a) {
+    extern __shared__ char smem[];
+    constexpr int MI = S::MI, NI = S::NI, KT = S::KT;
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const unsigned wm = warp / S::WARPS_N * MI, wn = warp % S::WARPS_N * (8 * NI);
+    const unsigned pieces = ((a.k + 15) / 16 + KT - 1) / KT;
+    pdl_launch_next();
+    Ring<S> ring;
+    ring.begin(a, smem);
+    /* Goes on to the next piece: once it is there for all, nobody reads the one before, whose place is filled again. */
+    const auto next_piece = [&] {
+        cp_async_wait<S::STAGES - 2>();
+        __syncthreads();
+        ring.refill(a);
+    };
+
+    /* of x, lanes 0-7 give rows 0-7 lower columns, 8-15 rows 0-7 upper, 16-23 rows 8-15 lower, 24-31 rows 8-15 upper */
+    const unsigned x_row = wn + lane % 8 + lane / 16 * 8;
+    const uint32_t x_at = S::W_BYTES + x_row * S::ROW_BYTES, x_unit = place_of<S>(lane / 8 % 2, x_row);
+    const uint32_t w_at = wm * KT * 512 + lane * 16;
+    uint4 w[MI], x[NI / 2];
+
+    for (unsigned tile = blockIdx.x; tile < ring.tiles; tile += gridDim.x) {
+        float total[MI][NI][4] = {}, part[MI][NI][4] = {};
+        Parts parts(a.k, a.parts);
+        next_piece();
+#pragma unroll
+        for (int j = 0; j < NI / 2; j++) x[j] = ldmatrix_x4(ring.reading + x_at + x_unit + j * 16 * S::ROW_BYTES);
+#pragma unroll
+        for (int i = 0; i < MI; i++) w[i] = load_shared_16(ring.reading + w_at + i * KT * 512);
+        /* Multiplies k-tile kt - 1; each operand's register takes the next one's as soon as it is free. Behind K's end
+         * the pieces are zeros, which change no sum. */
+#pragma unroll 1
+        for (unsigned kt = 1; kt <= pieces * KT; kt++) {
+            const unsigned step = kt % KT;
+            if (step == 0) {
+                ring.reading = ring.after(ring.reading);
+                if (kt < pieces * KT) next_piece();
+            }
+            const uint32_t next_w = ring.reading + w_at + step * 512,
+                           next_x = ring.reading + x_at + (x_unit ^ (step * 32));
+#pragma unroll
+            for (int i = 0; i < MI; i++) {
+#pragma unroll
+                for (int j = 0; j < NI; j++) {
+                    const uint4 &pair = x[j / 2];
+                    mma_16816<T>(part[i][j], w[i], j % 2 ? make_uint2(pair.z, pair.w) : make_uint2(pair.x, pair.y));
+                    if (i == MI - 1 && j % 2) x[j / 2] = ldmatrix_x4(next_x + j / 2 * 16 * S::ROW_BYTES);
+                }
+                w[i] = load_shared_16(next_w + i * KT * 512);
+            }
+            if (kt != parts.end) continue;
+            parts.advance();
+#pragma unroll
+            for (int i = 0; i < MI; i++)
+#pragma unroll
+                for (int j = 0; j < NI; j++)
+#pragma unroll
+                    for (int c = 0; c < 4; c++) {
+                        total[i][j][c] += part[i][j][c];
+                        part[i][j][c] = 0;
+                    }
+        }
+        finish<T, E, S>(a, total, tile / ring.columns * (S::BM / 16) + wm, tile % ring.columns * S::BN + wn, ring.rows,
+                        lane);
+    }
+    cp_async_wait<0>();
+}
+
+/* ---- the norm before it ---- */
+
+/* out [rows, k] = the normed rows of x; one warp a row. */
+template <class T>
+__global__ void __launch_bounds__(THREADS)
+    norm_kernel(const lla_step_header *header, const T *x, const T *norm, size_t k, float eps, T *out) {
+    constexpr int UNIT = 16 / sizeof(T);
+    const size_t row = blockIdx.x * (size_t)WARPS + threadIdx.x / 32;
+    const int lane = threadIdx.x % 32;
+    pdl_launch_next();
+    pdl_wait();
+    if (row >= (size_t)header->nrow) return;
+    const uint4 *from = reinterpret_cast<const uint4 *>(x + row * k), *weight = reinterpret_cast<const uint4 *>(norm);
+    uint4 *to = reinterpret_cast<uint4 *>(out + row * k);
+    const float scale = norm_scale<T>(x + row * k, k, eps, lane);
+    for (size_t i = lane; i < k / UNIT; i += 32) to[i] = normed_unit<T>(from[i], weight[i], scale);
+}
+
+template <class T> lla_status launch_norm(const lla_cuda_ctx *ctx, size_t x, size_t norm, size_t normed) {
+    char *m = ctx->arena;
+    const dim3 grid((unsigned)((ctx->rows + WARPS - 1) / WARPS));
+    return launch(ctx, "norm", norm_kernel<T>, grid, THREADS, 0, (const lla_step_header *)(m + ctx->io.header),
+                  (const T *)(m + x), (const T *)(m + norm), ctx->dims.hidden, ctx->dims.eps, (T *)(m + normed));
+}
+
+/* ---- the choice of a tile ---- */
+
+/* MI, NI, warps along weight rows and step rows, 16-column tiles of a piece, pieces of the ring, blocks on an SM. The
+ * first is for GPUs whose blocks can have 160 KB of shared memory, the second has the same sums in less. */
+using Large = Tile<3, 8, 4, 2, 4, 4, 1>;
+using LargeShallow = Tile<3, 8, 4, 2, 2, 4, 1>;
+using Small = Tile<2, 4, 2, 2, 4, 3, 2>;
+/* The same for wgmma. */
+using WideLarge = Tile<1, 24, 8, 1, 4, 5, 1>;
+using WideMiddle = Tile<1, 16, 8, 1, 4, 6, 1>;
+using WideSmall = Tile<1, 8, 4, 1, 4, 4, 3>;
+
+/* A tile of four warps' height that a warp has in one piece is wgmma's. */
+template <class S> constexpr bool is_wgmma = S::MI == 1 && S::WARPS_N == 1;
+
+template <class T, Epilogue E, class S>
+lla_status launch_product(const lla_cuda_ctx *ctx, const char *name, const Product &a) {
+    const size_t tiles = (tiles_of(a.n) * 16 + S::BM - 1) / S::BM * ((ctx->rows + S::BN - 1) / S::BN);
+    const size_t resident = (size_t)ctx->sm_count * S::RESIDENT;
+    const dim3 grid((unsigned)(tiles < resident ? tiles : resident));
+    if constexpr (is_wgmma<S>) {
+        CUtensorMap w, x;
+        LLA_TRY(map_product<S>(a, ctx->rows, &w, &x));
+        return launch(ctx, name, wgmma_kernel<T, E, S>, grid, S::THREADS_ + FILLERS<S>, S::SMEM, a, w, x);
+    } else {
+        return launch(ctx, name, product_kernel<T, E, S>, grid, S::THREADS_, S::SMEM, a);
+    }
+}
+
+/* Tiles that the busiest SM has, times a tile's size over its speed. */
+template <class S> double cost(const lla_cuda_ctx *ctx, const Product &a, double speed) {
+    const size_t tiles = (tiles_of(a.n) * 16 + S::BM - 1) / S::BM * ((ctx->rows + S::BN - 1) / S::BN);
+    const size_t sms = (size_t)ctx->sm_count;
+    return (double)((tiles + sms - 1) / sms) * S::BM * S::BN / speed;
+}
+
+template <class T, Epilogue E> lla_status dispatch(const lla_cuda_ctx *ctx, const char *name, const Product &a) {
+    if (has_wgmma(ctx)) { /* speeds: profiles/prefill.md */
+        const double large = cost<WideLarge>(ctx, a, 1.0), middle = cost<WideMiddle>(ctx, a, 1.0),
+                     small = cost<WideSmall>(ctx, a, 0.76);
+        if (small < large && small < middle) return launch_product<T, E, WideSmall>(ctx, name, a);
+        if (middle < large) return launch_product<T, E, WideMiddle>(ctx, name, a);
+        return launch_product<T, E, WideLarge>(ctx, name, a);
+    }
+    if (cost<Small>(ctx, a, 0.6) < cost<Large>(ctx, a, 1.0)) return launch_product<T, E, Small>(ctx, name, a);
+    if (Large::SMEM <= ctx->max_smem) return launch_product<T, E, Large>(ctx, name, a);
+    return launch_product<T, E, LargeShallow>(ctx, name, a);
+}
+
+template <Epilogue E> lla_status by_dtype(const lla_cuda_ctx *ctx, const char *name, const Product &a) {
+    if (ctx->dims.dtype == LLAISYS_DTYPE_BF16) return dispatch<__nv_bfloat16, E>(ctx, name, a);
+    return dispatch<__half, E>(ctx, name, a);
+}
+
+lla_status norm_rows(const lla_cuda_ctx *ctx, size_t x, size_t norm, size_t normed) {
+    if (ctx->dims.dtype == LLAISYS_DTYPE_BF16) return launch_norm<__nv_bfloat16>(ctx, x, norm, normed);
+    return launch_norm<__half>(ctx, x, norm, normed);
+}
+
+bool takes(const lla_cuda_ctx *ctx, size_t n, size_t k) {
+    return ctx->rows > LLA_FEW_ROWS && ctx->dims.dtype != LLAISYS_DTYPE_F32 && n % 8 == 0 && k % 8 == 0 &&
+           Small::SMEM <= ctx->max_smem;
+}
+
+Product product(const lla_cuda_ctx *ctx, size_t x, size_t w, size_t out, size_t n, size_t k) {
+    Product a = {};
+    a.header = (const lla_step_header *)(ctx->arena + ctx->io.header);
+    a.x = ctx->arena + x;
+    a.w = ctx->arena + w;
+    a.out = ctx->arena + out;
+    a.n = (unsigned)n;
+    a.k = (unsigned)k;
+    a.parts = 8;
+    return a;
+}
+
+} // namespace
+
+bool lla_many_qkv_takes(const lla_cuda_ctx *ctx) {
+    return ctx->dims.head_dim % 16 == 0 && takes(ctx, ctx->dims.head_dim, ctx->dims.hidden);
+}
+
+bool lla_many_linear_add_takes(const lla_cuda_ctx *ctx, const lla_linear_add_args *args) {
+    return takes(ctx, ctx->dims.hidden, args->k);
+}
+
+bool lla_many_gate_up_takes(const lla_cuda_ctx *ctx) {
+    return takes(ctx, ctx->dims.ffn, ctx->dims.hidden);
+}
+
+lla_status lla_many_qkv(const lla_cuda_ctx *ctx, const lla_qkv_args *args) {
+    const lla_dims &d = ctx->dims;
+    char *m = ctx->arena;
+    LLA_TRY(norm_rows(ctx, args->x, args->norm, args->normed));
+    Product a = product(ctx, args->normed, args->w, args->q, (d.nhead + 2 * d.nkvhead) * d.head_dim, d.hidden);
+    a.half = (unsigned)(d.head_dim / 2);
+    a.bias = m + args->bias;
+    a.rope = m + args->rope;
+    a.positions = (const int32_t *)(m + ctx->io.positions);
+    a.row_seq = (const int32_t *)(m + ctx->io.row_seq);
+    a.table = (const int32_t *)(m + ctx->io.block_table);
+    a.q = m + args->q;
+    a.k_cache = m + args->k_cache;
+    a.v_cache = m + args->v_cache;
+    a.nhead = (unsigned)d.nhead;
+    a.nkvhead = (unsigned)d.nkvhead;
+    a.head_dim = (unsigned)d.head_dim;
+    a.kv_block = (unsigned)d.kv_block;
+    a.max_blocks = (unsigned)d.max_blocks;
+    return by_dtype<QKV>(ctx, "qkv", a);
+}
+
+lla_status lla_many_linear_add(const lla_cuda_ctx *ctx, const lla_linear_add_args *args) {
+    Product a = product(ctx, args->in, args->w, args->x, ctx->dims.hidden, args->k);
+    if (args->k >= 4096) a.parts = 16; /* as in step_linear.cu */
+    return by_dtype<ADD>(ctx, "linear_add", a);
+}
+
+lla_status lla_many_gate_up(const lla_cuda_ctx *ctx, const lla_gate_up_args *args) {
+    LLA_TRY(norm_rows(ctx, args->x, args->norm, args->normed));
+    Product a = product(ctx, args->normed, args->w, args->act, 2 * ctx->dims.ffn, ctx->dims.hidden);
+    a.half = (unsigned)ctx->dims.ffn;
+    return by_dtype<SWIGLU>(ctx, "gate_up", a);
+}
