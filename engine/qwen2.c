@@ -41,7 +41,7 @@ static lla_status create(const struct lla_spec *spec, const struct lla_limits *l
     LLA_REQUIRE(m, LLA_ENOMEM, "no memory for a model");
     LLA_TRY_GOTO(status, lla_runner_create(spec, limits, (struct lla_shard){0, 1}, device_id, nthread, &m->runner),
                  fail);
-    LLA_TRY_GOTO(status, lla_kvpool_create(m->runner.graph.plan.nblock, &m->pool), fail);
+    LLA_TRY_GOTO(status, lla_kvpool_create(m->runner.graph.plan.nblock, m->runner.graph.dims.kv_block, &m->pool), fail);
     m->blocks = calloc(m->runner.graph.plan.max_blocks, sizeof *m->blocks);
     if (!m->blocks) {
         status = lla_fail(LLA_ENOMEM, "no memory for a block table of %zu blocks", m->runner.graph.plan.max_blocks);
