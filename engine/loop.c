@@ -1,0 +1,145 @@
+/* loop.c: the engine's thread: one turn is one step of all running requests. */
+#include "engine.h"
+
+#include <stdio.h>
+#include <time.h>
+
+int64_t lla_now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* ---- telling; all under the lock ---- */
+
+/* A request has at most one entry, so that the ring, with room for all requests, never overflows. */
+static void announce(struct LlaisysEngine *e, struct lla_request *r) {
+    if (r->news.is_announced) return;
+    r->news.is_announced = true;
+    e->ring[(e->ring_first + e->ring_count++) % e->nrequest] = r;
+}
+
+static void publish(struct LlaisysEngine *e, struct lla_request *r, int64_t now) {
+    const size_t answer = r->seq.ntoken - r->seq.nprompt;
+    if (answer > r->news.published && !r->news.published) r->news.first_ns = now;
+    e->stats.generated_tokens += answer - r->news.published;
+    if (answer == r->news.published && r->seq.state != LLA_SEQ_ENDED) return;
+    r->news.published = answer;
+    r->news.cached = r->seq.cached;
+    r->news.preemptions = r->seq.preemptions;
+    if (r->seq.state == LLA_SEQ_ENDED) {
+        r->news.finish = r->seq.finish;
+        r->news.finished_ns = now;
+        e->ended++;
+        e->stats.finished[r->news.finish]++;
+        pthread_cond_broadcast(&e->quiet);
+    }
+    announce(e, r);
+}
+
+static void copy_stats(struct LlaisysEngine *e) {
+    const struct lla_scheduler *s = &e->scheduler;
+    struct LlaisysEngineStats *t = &e->stats;
+    t->running = s->nrunning;
+    t->kv_free = s->pool.nfree;
+    t->kv_cached = s->pool.ncached;
+    t->kv_active = s->pool.nactive;
+    t->prompt_tokens = s->prefix_queries;
+    t->cached_tokens = s->prefix_hits;
+    t->preemptions = s->preemptions;
+    t->evictions = s->pool.evicted;
+    e->left_queue = s->admitted;
+}
+
+/* ---- the turns ---- */
+
+/* Under the lock: takes in what others have asked for. */
+static void take_requests(struct LlaisysEngine *e, int64_t now) {
+    for (struct lla_request *r = e->inbox.first, *next; r; r = next) {
+        next = r->next;
+        r->next = NULL;
+        lla_scheduler_add(&e->scheduler, &r->seq);
+    }
+    e->inbox = (struct lla_list){0};
+    for (struct lla_request *r = e->cancelled, *next; r; r = next) {
+        next = r->next_cancelled;
+        r->next_cancelled = NULL;
+        if (r->seq.state == LLA_SEQ_ENDED) continue;
+        lla_scheduler_end(&e->scheduler, &r->seq, LLAISYS_FINISH_CANCELLED);
+        publish(e, r, now);
+    }
+    e->cancelled = NULL;
+}
+
+static void end_all(struct LlaisysEngine *e, enum LlaisysFinish finish, int64_t now) {
+    for (size_t i = 0; i < e->nrequest; i++) {
+        struct lla_request *r = &e->requests[i];
+        if (!r->is_live || r->seq.state == LLA_SEQ_NEW || r->seq.state == LLA_SEQ_ENDED) continue;
+        lla_scheduler_end(&e->scheduler, &r->seq, finish);
+        publish(e, r, now);
+    }
+}
+
+/* Under the lock: what the step has brought. */
+static void tell(struct LlaisysEngine *e, int64_t begun, int64_t now) {
+    for (size_t i = 0; i < e->step.nseq; i++) {
+        struct lla_request *r = (struct lla_request *)e->step.who[i];
+        if (!r->news.admitted_ns) r->news.admitted_ns = begun;
+        publish(e, r, now);
+    }
+    e->stats.steps++;
+    e->stats.rows += e->step.rows;
+    e->stats.step_s += 1e-9 * (double)(now - begun);
+}
+
+/* One turn takes requests in, forms a step, runs it and tells what came of it. The executor is synchronous: run()
+ * returns with the tokens. One that keeps a step in flight goes between next() and done(): it launches step n + 1,
+ * waits for step n, and hands step n to done() (see scheduler.h). */
+void *lla_engine_loop(void *engine) {
+    struct LlaisysEngine *e = engine;
+    int64_t host_from = 0; /* when the host's work began, while there is work */
+    pthread_mutex_lock(&e->lock);
+    for (;;) {
+        int64_t now = lla_now_ns();
+        if (!host_from) host_from = now;
+        const bool was_empty = e->ring_count == 0;
+        take_requests(e, now);
+        if (e->is_stopping) end_all(e, LLAISYS_FINISH_CLOSED, now);
+        if (e->has_failed) end_all(e, LLAISYS_FINISH_ERROR, now);
+        if (e->is_stopping) break;
+        if (was_empty && e->ring_count) lla_engine_signal(e);
+        pthread_mutex_unlock(&e->lock);
+
+        lla_status status = LLA_OK;
+        const bool has_step = lla_scheduler_next(&e->scheduler, &e->step);
+        const int64_t begun = lla_now_ns();
+        int64_t ended = begun;
+        if (has_step) {
+            status = e->executor.run(e->executor.arg, e->step.seqs, e->step.nseq, e->chosen);
+            ended = lla_now_ns();
+            if (!status) lla_scheduler_done(&e->scheduler, &e->step, e->chosen);
+        }
+
+        pthread_mutex_lock(&e->lock);
+        e->stats.host_s += 1e-9 * (double)(begun - host_from);
+        host_from = ended;
+        const bool none = e->ring_count == 0;
+        if (has_step && !status) tell(e, begun, ended);
+        if (status && !e->has_failed) {
+            e->has_failed = true;
+            snprintf(e->failure, sizeof e->failure, "%s", lla_last_error());
+        }
+        copy_stats(e);
+        if (none && e->ring_count) lla_engine_signal(e);
+        while (!has_step && !e->inbox.first && !e->cancelled && !e->is_stopping) {
+            host_from = 0;
+            pthread_cond_wait(&e->work, &e->lock);
+        }
+    }
+    copy_stats(e);
+    e->is_stopped = true;
+    lla_engine_signal(e);
+    pthread_cond_broadcast(&e->quiet);
+    pthread_mutex_unlock(&e->lock);
+    return NULL;
+}
