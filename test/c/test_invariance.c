@@ -235,7 +235,7 @@ static void run_schedule(const struct lla_spec *spec, const struct lla_limits *l
 TEST(random_schedules) {
     enum { NSPEC = sizeof specs / sizeof *specs, NLIMITS = sizeof limits / sizeof *limits };
     struct rng rng = {test_seed};
-    for (size_t i = 0; i < (SLOW ? 3 : NSPEC * NLIMITS) && !TEST_FAILURES; i++)
+    for (size_t i = 0; i < (SLOW ? 4 : 2 * NSPEC * NLIMITS) && !TEST_FAILURES; i++)
         run_schedule(&specs[i % NSPEC], &limits[i / NSPEC % NLIMITS], &rng);
     printf("%zu found a prefix, %zu were preempted, %zu cancelled, %zu follow up\n", saw_cached, saw_preempted,
            saw_cancelled, saw_follow_up);
