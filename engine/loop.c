@@ -106,6 +106,7 @@ void *lla_engine_loop(void *engine) {
         take_requests(e, now);
         if (e->is_stopping) end_all(e, LLAISYS_FINISH_CLOSED, now);
         if (e->has_failed) end_all(e, LLAISYS_FINISH_ERROR, now);
+        copy_stats(e); /* before anybody can see the ends */
         if (e->is_stopping) break;
         if (was_empty && e->ring_count) lla_engine_signal(e);
         pthread_mutex_unlock(&e->lock);
@@ -136,7 +137,6 @@ void *lla_engine_loop(void *engine) {
             pthread_cond_wait(&e->work, &e->lock);
         }
     }
-    copy_stats(e);
     e->is_stopped = true;
     lla_engine_signal(e);
     pthread_cond_broadcast(&e->quiet);
