@@ -94,8 +94,11 @@ lla_status lla_engine_create(const struct lla_engine_config *config, struct lla_
     const struct lla_scheduler_config *c = &config->scheduler;
     struct LlaisysEngine *e = calloc(1, sizeof *e);
     LLA_REQUIRE(e, LLA_ENOMEM, "no memory for an engine");
-    *e = (struct LlaisysEngine){
-        .executor = executor, .vocab = config->vocab, .max_seq = c->max_seq, .max_queue = config->max_queue, .fd = -1};
+    *e = (struct LlaisysEngine){.executor = executor,
+                                .vocab = config->vocab,
+                                .max_seq = c->max_seq,
+                                .fd = -1,
+                                .max_under_way = c->max_seqs + config->max_queue};
     pthread_condattr_t monotonic;
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
@@ -256,9 +259,10 @@ static lla_status check_open(struct LlaisysEngine *e) {
 /* Under the lock: memory for a request, if one more may wait. */
 static lla_status reserve(struct LlaisysEngine *e, struct lla_request **out) {
     LLA_TRY(check_open(e));
-    const uint64_t waiting = e->stats.submitted - e->left_queue;
-    if (waiting >= e->max_queue || !e->free.first) e->stats.refused++;
-    LLA_REQUIRE(waiting < e->max_queue, LLA_EBUSY, "the queue is full: %zu requests are waiting", (size_t)waiting);
+    const size_t under_way = (size_t)(e->stats.submitted - e->ended);
+    if (under_way >= e->max_under_way || !e->free.first) e->stats.refused++;
+    LLA_REQUIRE(under_way < e->max_under_way, LLA_EBUSY, "the queue is full: %zu requests are running or waiting",
+                under_way);
     LLA_REQUIRE(e->free.first, LLA_EBUSY, "the memory for %zu requests is in use: ended ones wait to be polled",
                 e->nrequest);
     *out = pop(&e->free);

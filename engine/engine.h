@@ -46,7 +46,8 @@ struct lla_list { /* first in, first out, through `next` */
 struct LlaisysEngine {
     struct lla_runner *runner; /* owned; NULL under a test's executor */
     struct lla_executor executor;
-    size_t vocab, max_seq, max_queue;
+    size_t vocab, max_seq;
+    size_t max_under_way;         /* requests running or waiting */
     struct lla_request *requests; /* [nrequest] */
     size_t nrequest;
     int64_t *tokens; /* [nrequest, max_seq] */

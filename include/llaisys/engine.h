@@ -57,7 +57,7 @@ struct LlaisysEngineOptions {
     size_t kv_tokens;  /* tokens of the KV cache over all requests, at least maxseq; 0: max_seqs * maxseq, at most the
                           larger of 65536 and maxseq */
     size_t kv_block;   /* tokens of a KV block, a power of two up to 256; 0: 32. Prefixes are shared by whole blocks */
-    size_t max_queue;  /* requests waiting; 0: 256 */
+    size_t max_queue;  /* requests that may wait beside max_seqs that run; 0: 256 */
     size_t mixed_rows; /* tokens of a step in which a request decodes, max_seqs to the largest step's (the larger of
                           prefill_chunk and max_seqs): bounds how long answers wait for others' prompts. 0: max_seqs +
                           64 on the CPU, the largest on a GPU */
