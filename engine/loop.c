@@ -4,10 +4,19 @@
 #include <stdio.h>
 #include <time.h>
 
-int64_t lla_now_ns(void) {
+static int64_t read_clock(clockid_t clock) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(clock, &t);
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+int64_t lla_now_ns(void) {
+    return read_clock(CLOCK_MONOTONIC);
+}
+
+/* The time that this thread has had a core: what the host's work takes where others take the core away. */
+static int64_t cpu_ns(void) {
+    return read_clock(CLOCK_THREAD_CPUTIME_ID);
 }
 
 /* ---- telling; all under the lock ---- */
@@ -97,11 +106,11 @@ static void tell(struct LlaisysEngine *e, int64_t begun, int64_t now) {
  * waits for step n, and hands step n to done() (see scheduler.h). */
 void *lla_engine_loop(void *engine) {
     struct LlaisysEngine *e = engine;
-    int64_t host_from = 0; /* when the host's work began, while there is work */
+    int64_t host_from = 0, cpu_from = 0; /* when the host's work began, while there is work */
     pthread_mutex_lock(&e->lock);
     for (;;) {
         int64_t now = lla_now_ns();
-        if (!host_from) host_from = now;
+        if (!host_from) host_from = now, cpu_from = cpu_ns();
         const bool was_empty = e->ring_count == 0;
         take_requests(e, now);
         if (e->is_stopping) end_all(e, LLAISYS_FINISH_CLOSED, now);
@@ -113,17 +122,18 @@ void *lla_engine_loop(void *engine) {
 
         lla_status status = LLA_OK;
         const bool has_step = lla_scheduler_next(&e->scheduler, &e->step);
-        const int64_t begun = lla_now_ns();
-        int64_t ended = begun;
+        const int64_t begun = lla_now_ns(), cpu_until = cpu_ns();
+        int64_t ended = begun, cpu_ended = cpu_until;
         if (has_step) {
             status = e->executor.run(e->executor.arg, e->step.seqs, e->step.nseq, e->chosen);
-            ended = lla_now_ns();
+            ended = lla_now_ns(), cpu_ended = cpu_ns();
             if (!status) lla_scheduler_done(&e->scheduler, &e->step, e->chosen);
         }
 
         pthread_mutex_lock(&e->lock);
         e->stats.host_s += 1e-9 * (double)(begun - host_from);
-        host_from = ended;
+        e->stats.host_cpu_s += 1e-9 * (double)(cpu_until - cpu_from);
+        host_from = ended, cpu_from = cpu_ended;
         const bool none = e->ring_count == 0;
         if (has_step && !status) tell(e, begun, ended);
         if (status && !e->has_failed) {

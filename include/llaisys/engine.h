@@ -116,6 +116,7 @@ struct LlaisysEngineStats {
     uint64_t generated_tokens, preemptions, evictions;
     uint64_t steps, rows;  /* rows: tokens computed, recomputed ones included */
     double step_s, host_s; /* in steps on the device, and between them while there was work */
+    double host_cpu_s;     /* of host_s, what the engine's thread had a core for */
 };
 
 struct LlaisysEngine;

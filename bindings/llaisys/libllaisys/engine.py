@@ -148,6 +148,7 @@ class LlaisysEngineStats(Structure):
         ("rows", c_uint64),
         ("step_s", c_double),
         ("host_s", c_double),
+        ("host_cpu_s", c_double),
     ]
 
 
