@@ -83,12 +83,12 @@ static void panel(FILE *out, double y, const char *title, const char *unit, cons
     char text[128];
     double most = 0;
     for (size_t i = 0; i < SERVE_BUCKETS; i++) most = values[i] > most ? values[i] : most;
-    snprintf(text, sizeof text, "at most %.4g %s", most, unit);
+    snprintf(text, sizeof text, "at most %.0f %s", most, unit);
     lla_svg_heading(out, y, title, text);
     const double base = y + 16 + PANEL, width = (double)(SVG_RIGHT - SVG_LEFT) / SERVE_BUCKETS;
     for (size_t i = 0; i < SERVE_BUCKETS; i++) {
         const double height = most > 0 ? PANEL * values[i] / most : 0;
-        snprintf(text, sizeof text, "%.2f s: %.4g %s", wall * ((double)i + 0.5) / SERVE_BUCKETS, values[i], unit);
+        snprintf(text, sizeof text, "%.2f s: %.1f %s", wall * ((double)i + 0.5) / SERVE_BUCKETS, values[i], unit);
         if (height > 0)
             lla_svg_box(out, SVG_LEFT + width * (double)i, base - height, width * 0.86, height, 0, fill, "", text);
     }

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -184,6 +185,20 @@ def test_bad_arguments(engine):
     idle(engine)
 
 
+def test_least_room(prompts):
+    """One request at a time and one waiting: the others wait in Python."""
+    with Engine(MINI, max_seq=64, max_seqs=1, max_queue=1) as engine:
+        expected = [engine.generate([prompt], 1)[0].tokens for prompt in prompts]
+        for _ in range(10):
+            assert [answer.tokens for answer in engine.generate(prompts, 1)] == expected
+
+        async def main():
+            for prompt, tokens in zip(prompts, expected, strict=True):
+                assert [token async for token in engine.stream(prompt, 1)] == tokens
+
+        asyncio.run(main())
+
+
 def test_one_bad_prompt_of_many(engine, prompts):
     """The others are cancelled, and the engine is free again."""
     with pytest.raises(RequestError):
@@ -352,7 +367,7 @@ def test_descriptors_and_memory_do_not_leak():
         use()
     descriptors = len(os.listdir("/proc/self/fd"))
     resident = int(Path("/proc/self/statm").read_text().split()[1])
-    for _ in range(20):
+    for _ in range(10):
         use()
     assert len(os.listdir("/proc/self/fd")) == descriptors
     assert int(Path("/proc/self/statm").read_text().split()[1]) - resident < (4 << 20) // 4096
@@ -371,6 +386,20 @@ def test_bad_options():
         Engine(MINI, max_seqs=4, mixed_rows=1)
     with pytest.raises(llaisys.LlaisysError, match="nowhere"):
         Engine(ROOT / "nowhere")
+
+
+def test_readme():
+    """The README's program runs and says what it should."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    programs = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (program,) = (program for program in programs if "llaisys.Engine" in program)
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "bindings")}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "10 + 5 = 15. stop" in done.stdout
+    assert "19 + 7 = 26. stop" in done.stdout
 
 
 def test_header_example():

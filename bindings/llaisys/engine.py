@@ -180,14 +180,17 @@ class Engine:
 
         try:
             for index, request in enumerate(requests):
+                is_last_try = False
                 while True:
                     try:
                         self._submit(request, sink(index, answers[index]))
                         break
                     except EngineBusy:
-                        if not self._sinks:  # others' requests fill the queue
+                        if is_last_try:
                             raise
-                    self._pump(1000)
+                    # ended requests give their memory back to the next poll
+                    is_last_try = not self._sinks
+                    self._pump(1000 if self._sinks else 0)
                     bar.draw()
             while self._sinks:
                 self._pump(1000)
@@ -326,7 +329,7 @@ class Engine:
         return self._count.value
 
     def _on_readable(self) -> None:
-        while self._pump(0) == EVENTS:
+        while self._pump(0):  # the last, empty one gives ended requests' memory back
             pass
         if not self._sinks:
             self._forget_loop()
