@@ -56,7 +56,7 @@ void llaisysEngineClose(struct LlaisysEngine *e) {
     pthread_cond_destroy(&e->quiet);
     pthread_cond_destroy(&e->work);
     pthread_mutex_destroy(&e->lock);
-    lla_step_destroy(&e->step);
+    for (size_t i = 0; i < 2; i++) lla_step_destroy(&e->steps[i]);
     lla_scheduler_destroy(&e->scheduler);
     free(e->requests);
     free(e->tokens);
@@ -86,7 +86,8 @@ static lla_status allocate(struct LlaisysEngine *e, const struct lla_engine_conf
         push(&e->free, &e->requests[i]);
     }
     LLA_TRY(lla_scheduler_create(c, &e->scheduler));
-    return lla_step_create(c->max_seqs, &e->step);
+    LLA_TRY(lla_step_create(c->max_seqs, &e->steps[0]));
+    return lla_step_create(c->max_seqs, &e->steps[1]);
 }
 
 lla_status lla_engine_create(const struct lla_engine_config *config, struct lla_executor executor,
@@ -132,8 +133,9 @@ fail:
     return status;
 }
 
-static lla_status run_step(void *runner, const struct lla_step_seq *seqs, size_t nseq, int64_t *next) {
-    return lla_runner_step(runner, seqs, nseq, next);
+/* The runner is synchronous: all of a step happens while it is waited for. */
+static lla_status run_step(void *runner, const struct lla_step *step, int64_t *next) {
+    return lla_runner_step(runner, step->seqs, step->nseq, next);
 }
 
 lla_status lla_engine_create_over(struct lla_runner *runner, size_t max_queue, size_t mixed_rows,
@@ -152,7 +154,7 @@ lla_status lla_engine_create_over(struct lla_runner *runner, size_t max_queue, s
                       .neos = plan->spec.neos},
         .vocab = plan->spec.vocab,
         .max_queue = max_queue ? max_queue : 256};
-    const lla_status status = lla_engine_create(&config, (struct lla_executor){run_step, runner}, out);
+    const lla_status status = lla_engine_create(&config, (struct lla_executor){.wait = run_step, .arg = runner}, out);
     if (status)
         free_runner(runner);
     else

@@ -14,10 +14,14 @@
 
 #include <pthread.h>
 
-/* What runs a step: the runner, or a test's stand-in. Called by the loop's thread alone. */
+/* What runs steps: the runner, or a test's stand-in. Called by the loop's thread alone. */
 struct lla_executor {
-    lla_status (*run)(void *arg, const struct lla_step_seq *seqs, size_t nseq, int64_t *next);
+    /* Starts a step and returns, having read all that it points to; NULL: nothing is done before wait. */
+    lla_status (*launch)(void *arg, const struct lla_step *step);
+    /* Returns when the step is done, with the tokens that it chose [nseq]. */
+    lla_status (*wait)(void *arg, const struct lla_step *step, int64_t *next);
     void *arg;
+    bool overlaps; /* launch takes a step while the one before is in flight, and heeds step->feed */
 };
 
 struct lla_request {
@@ -54,8 +58,8 @@ struct LlaisysEngine {
     int32_t *blocks; /* [nrequest, blocks of a sequence] */
     /* the loop's */
     struct lla_scheduler scheduler;
-    struct lla_step step;
-    int64_t *chosen; /* [max_seqs] */
+    struct lla_step steps[2]; /* one may be in flight while the other is formed */
+    int64_t *chosen;          /* [max_seqs] */
     pthread_t thread;
     bool has_thread;
     /* guarded by lock */

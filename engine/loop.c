@@ -89,63 +89,80 @@ static void end_all(struct LlaisysEngine *e, enum LlaisysFinish finish, int64_t 
     }
 }
 
-/* Under the lock: what the step has brought. */
-static void tell(struct LlaisysEngine *e, int64_t begun, int64_t now) {
-    for (size_t i = 0; i < e->step.nseq; i++) {
-        struct lla_request *r = (struct lla_request *)e->step.who[i];
-        if (!r->news.admitted_ns) r->news.admitted_ns = begun;
+/* Under the lock: what a step has brought. */
+static void tell(struct LlaisysEngine *e, const struct lla_step *step, int64_t formed, int64_t now) {
+    for (size_t i = 0; i < step->nseq; i++) {
+        struct lla_request *r = (struct lla_request *)step->who[i];
+        if (!r) continue; /* cancelled, or preempted */
+        if (!r->news.admitted_ns) r->news.admitted_ns = formed;
         publish(e, r, now);
     }
     e->stats.steps++;
-    e->stats.rows += e->step.rows;
-    e->stats.step_s += 1e-9 * (double)(now - begun);
+    e->stats.rows += step->rows;
 }
 
-/* One turn takes requests in, forms a step, runs it and tells what came of it. The executor is synchronous: run()
- * returns with the tokens. One that keeps a step in flight goes between next() and done(): it launches step n + 1,
- * waits for step n, and hands step n to done() (see scheduler.h). */
+/* Under the lock: the device has failed, and the requests will be told so. */
+static void fail(struct LlaisysEngine *e) {
+    if (e->has_failed) return;
+    e->has_failed = true;
+    snprintf(e->failure, sizeof e->failure, "%s", lla_last_error());
+}
+
+/* One turn takes requests in, forms a step, launches it, waits for a step and tells what came of it: for the one just
+ * launched, or, if the executor overlaps, for the one before, so that the device has work while the host does its own.
+ */
 void *lla_engine_loop(void *engine) {
     struct LlaisysEngine *e = engine;
-    int64_t host_from = 0, cpu_from = 0; /* when the host's work began, while there is work */
+    const struct lla_executor *executor = &e->executor;
+    struct lla_step *in_flight = NULL;
+    int64_t formed_ns[2], host_from = 0, cpu_from = 0; /* when the host's work began, while there is work */
+    size_t turn = 0;
     pthread_mutex_lock(&e->lock);
-    for (;;) {
-        int64_t now = lla_now_ns();
+    for (;; turn++) {
+        const int64_t now = lla_now_ns();
         if (!host_from) host_from = now, cpu_from = cpu_ns();
-        const bool was_empty = e->ring_count == 0;
+        bool had_none = e->ring_count == 0;
         take_requests(e, now);
         if (e->is_stopping) end_all(e, LLAISYS_FINISH_CLOSED, now);
         if (e->has_failed) end_all(e, LLAISYS_FINISH_ERROR, now);
         copy_stats(e); /* before anybody can see the ends */
         if (e->is_stopping) break;
-        if (was_empty && e->ring_count) lla_engine_signal(e);
+        if (had_none && e->ring_count) lla_engine_signal(e);
         pthread_mutex_unlock(&e->lock);
 
-        lla_status status = LLA_OK;
-        const bool has_step = lla_scheduler_next(&e->scheduler, &e->step);
-        const int64_t begun = lla_now_ns(), cpu_until = cpu_ns();
-        int64_t ended = begun, cpu_ended = cpu_until;
-        if (has_step) {
-            status = e->executor.run(e->executor.arg, e->step.seqs, e->step.nseq, e->chosen);
-            ended = lla_now_ns(), cpu_ended = cpu_ns();
-            if (!status) lla_scheduler_done(&e->scheduler, &e->step, e->chosen);
-        }
+        struct lla_step *formed = &e->steps[turn % 2];
+        if (!lla_scheduler_next(&e->scheduler, formed)) formed = NULL;
+        const int64_t begun = formed_ns[turn % 2] = lla_now_ns(), cpu_until = cpu_ns();
+        lla_status status = formed && executor->launch ? executor->launch(executor->arg, formed) : LLA_OK;
+        struct lla_step *finished = executor->overlaps ? in_flight : formed;
+        in_flight = executor->overlaps ? formed : NULL;
+        if (finished && !status) status = executor->wait(executor->arg, finished, e->chosen);
+        const int64_t ended = lla_now_ns(), cpu_ended = cpu_ns();
+        if (finished && !status) lla_scheduler_done(&e->scheduler, finished, e->chosen);
 
         pthread_mutex_lock(&e->lock);
         e->stats.host_s += 1e-9 * (double)(begun - host_from);
         e->stats.host_cpu_s += 1e-9 * (double)(cpu_until - cpu_from);
+        e->stats.step_s += 1e-9 * (double)(ended - begun);
         host_from = ended, cpu_from = cpu_ended;
-        const bool none = e->ring_count == 0;
-        if (has_step && !status) tell(e, begun, ended);
-        if (status && !e->has_failed) {
-            e->has_failed = true;
-            snprintf(e->failure, sizeof e->failure, "%s", lla_last_error());
+        had_none = e->ring_count == 0;
+        if (status) {
+            fail(e);
+            in_flight = NULL;
+        } else if (finished) {
+            tell(e, finished, formed_ns[finished - e->steps], ended);
         }
         copy_stats(e);
-        if (none && e->ring_count) lla_engine_signal(e);
-        while (!has_step && !e->inbox.first && !e->cancelled && !e->is_stopping) {
+        if (had_none && e->ring_count) lla_engine_signal(e);
+        while (!formed && !finished && !e->inbox.first && !e->cancelled && !e->is_stopping) {
             host_from = 0;
             pthread_cond_wait(&e->work, &e->lock);
         }
+    }
+    if (in_flight) { /* nobody waits for its tokens, but the device still writes */
+        pthread_mutex_unlock(&e->lock);
+        executor->wait(executor->arg, in_flight, e->chosen);
+        pthread_mutex_lock(&e->lock);
     }
     e->is_stopped = true;
     lla_engine_signal(e);

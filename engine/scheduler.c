@@ -36,8 +36,8 @@ void lla_scheduler_destroy(struct lla_scheduler *s) {
 lla_status lla_step_create(size_t max_seqs, struct lla_step *step) {
     *step = (struct lla_step){.seqs = calloc(max_seqs, sizeof *step->seqs),
                               .who = calloc(max_seqs, sizeof *step->who),
-                              .epochs = calloc(max_seqs, sizeof *step->epochs)};
-    if (step->seqs && step->who && step->epochs) return LLA_OK;
+                              .feed = calloc(max_seqs, sizeof *step->feed)};
+    if (step->seqs && step->who && step->feed) return LLA_OK;
     lla_step_destroy(step);
     return lla_fail(LLA_ENOMEM, "no memory for a step of %zu sequences", max_seqs);
 }
@@ -45,7 +45,7 @@ lla_status lla_step_create(size_t max_seqs, struct lla_step *step) {
 void lla_step_destroy(struct lla_step *step) {
     free(step->seqs);
     free(step->who);
-    free(step->epochs);
+    free(step->feed);
     memset(step, 0, sizeof *step);
 }
 
@@ -81,13 +81,14 @@ static void start_running(struct lla_scheduler *s, struct lla_seq *seq) {
     for (; i > 0 && goes_before(seq, s->running[i - 1]); i--) s->running[i] = s->running[i - 1];
     s->running[i] = seq;
     seq->slot = s->slots[--s->nslot];
-    seq->epoch = ++s->epochs;
     seq->grant = 0;
     seq->state = LLA_SEQ_RUNNING;
 }
 
-/* Gives back slot and blocks. */
+/* Gives back slot and blocks, and forgets what a step in flight chooses. */
 static void stop_running(struct lla_scheduler *s, struct lla_seq *seq) {
+    if (s->latest && seq->place < s->latest->nseq && s->latest->who[seq->place] == seq)
+        s->latest->who[seq->place] = NULL;
     size_t i = 0;
     while (s->running[i] != seq) i++;
     memmove(&s->running[i], &s->running[i + 1], (--s->nrunning - i) * sizeof *s->running);
@@ -124,7 +125,7 @@ static size_t blocks_for(const struct lla_scheduler *s, size_t ntoken) {
 static void use_cache(struct lla_scheduler *s, struct lla_seq *seq) {
     if (seq->computed != seq->kv.nknown * s->config.kv_block) return;
     const size_t found = s->config.kv_block * lla_kvpool_match(&s->pool, &seq->kv, seq->tokens, seq->ntoken - 1);
-    seq->computed += found;
+    seq->computed = seq->settled += found;
     if (seq->preemptions) return; /* its own tokens, found again */
     seq->cached += found;
     s->prefix_hits += found;
@@ -142,7 +143,7 @@ static bool admit_first(struct lla_scheduler *s) {
     if (need - seq->kv.nblock + spare > lla_kvpool_available(&s->pool) ||
         lla_kvpool_grow(&s->pool, seq->kv.blocks, &seq->kv.nblock, need)) {
         lla_kvpool_release(&s->pool, &seq->kv);
-        seq->computed = 0;
+        seq->computed = seq->settled = 0;
         seq->cached = cached;
         s->prefix_hits = hits;
         s->blocked.seq = seq;
@@ -159,7 +160,7 @@ static bool admit_first(struct lla_scheduler *s) {
 
 static void preempt(struct lla_scheduler *s, struct lla_seq *seq) {
     stop_running(s, seq);
-    seq->computed = 0;
+    seq->computed = seq->settled = seq->pending = 0;
     seq->preemptions++;
     s->preemptions++;
     enqueue(s, seq);
@@ -168,7 +169,7 @@ static void preempt(struct lla_scheduler *s, struct lla_seq *seq) {
 /* A block for the next token of running[i], taken from the last ones if need be; false: it was the last one itself. */
 static bool make_room(struct lla_scheduler *s, size_t i) {
     struct lla_seq *seq = s->running[i];
-    const size_t need = blocks_for(s, seq->ntoken);
+    const size_t need = blocks_for(s, seq->ntoken + seq->pending);
     while (need - seq->kv.nblock > lla_kvpool_available(&s->pool)) {
         struct lla_seq *victim = s->running[s->nrunning - 1];
         preempt(s, victim);
@@ -179,8 +180,10 @@ static bool make_room(struct lla_scheduler *s, size_t i) {
 
 /* ---- the step ---- */
 
+/* Tokens that can be computed next; a token that is chosen just now and will be the last needs no row. */
 static size_t tokens_left(const struct lla_seq *seq) {
-    return seq->ntoken - seq->computed;
+    const size_t n = seq->ntoken + seq->pending;
+    return n - seq->computed - (n == seq->limit);
 }
 
 /* A row for every sequence with one token to compute: the one it chose last, or a prompt's last. Who is preempted on
@@ -206,7 +209,7 @@ static void grant(struct lla_scheduler *s, struct lla_seq *seq, size_t most, siz
 /* Half of the rows to the first prompt in order, the rest to those with the fewest tokens left. */
 static void grant_prompts(struct lla_scheduler *s, size_t left) {
     size_t i = 0;
-    while (i < s->nrunning && s->running[i]->grant) i++;
+    while (i < s->nrunning && tokens_left(s->running[i]) == s->running[i]->grant) i++;
     if (i < s->nrunning) grant(s, s->running[i], (left + 1) / 2, &left);
     while (left) {
         struct lla_seq *next = NULL;
@@ -220,25 +223,36 @@ static void grant_prompts(struct lla_scheduler *s, size_t left) {
     }
 }
 
+/* The entry for the rows that the sequence was granted. */
+static void add_rows(struct lla_step *step, struct lla_seq *seq) {
+    const size_t i = step->nseq++;
+    step->feed[i] = -1;
+    if (seq->computed == seq->ntoken) { /* its one token is not known yet */
+        step->feed[i] = (int32_t)seq->place;
+        seq->tokens[seq->computed] = -1;
+    }
+    step->seqs[i] = (struct lla_step_seq){.slot = seq->slot,
+                                          .tokens = seq->tokens + seq->computed,
+                                          .ntoken = seq->grant,
+                                          .position0 = seq->computed,
+                                          .blocks = seq->kv.blocks,
+                                          .want_next = seq->grant == tokens_left(seq),
+                                          .sampling = seq->sampling};
+    step->who[i] = seq;
+    step->rows += seq->grant;
+    seq->place = i;
+    seq->computed += seq->grant;
+    seq->pending += step->seqs[i].want_next;
+}
+
 bool lla_scheduler_next(struct lla_scheduler *s, struct lla_step *step) {
     step->nseq = step->rows = 0;
     step->ndecode = grant_decode(s);
     while (admit_first(s)) {}
     grant_prompts(s, (step->ndecode ? s->config.mixed_rows : s->config.max_rows) - step->ndecode);
-    for (size_t i = 0; i < s->nrunning; i++) {
-        struct lla_seq *seq = s->running[i];
-        if (!seq->grant) continue;
-        step->seqs[step->nseq] = (struct lla_step_seq){.slot = seq->slot,
-                                                       .tokens = seq->tokens + seq->computed,
-                                                       .ntoken = seq->grant,
-                                                       .position0 = seq->computed,
-                                                       .blocks = seq->kv.blocks,
-                                                       .want_next = seq->grant == tokens_left(seq),
-                                                       .sampling = seq->sampling};
-        step->epochs[step->nseq] = seq->epoch;
-        step->who[step->nseq++] = seq;
-        step->rows += seq->grant;
-    }
+    for (size_t i = 0; i < s->nrunning; i++)
+        if (s->running[i]->grant) add_rows(step, s->running[i]);
+    if (step->nseq) s->latest = step;
     return step->nseq > 0;
 }
 
@@ -251,13 +265,17 @@ static bool is_stop(const struct lla_scheduler *s, const struct lla_seq *seq, in
 }
 
 void lla_scheduler_done(struct lla_scheduler *s, const struct lla_step *step, const int64_t *next) {
+    if (s->latest == step) s->latest = NULL;
     for (size_t i = 0; i < step->nseq; i++) {
         struct lla_seq *seq = step->who[i];
-        if (seq->state != LLA_SEQ_RUNNING || seq->epoch != step->epochs[i]) continue;
-        seq->computed += step->seqs[i].ntoken;
-        lla_kvpool_commit(&s->pool, &seq->kv, seq->tokens, seq->computed);
+        if (!seq) continue;
+        seq->settled += step->seqs[i].ntoken;
+        if (step->seqs[i].want_next) {
+            seq->tokens[seq->ntoken++] = next[i];
+            seq->pending--;
+        }
+        lla_kvpool_commit(&s->pool, &seq->kv, seq->tokens, seq->settled);
         if (!step->seqs[i].want_next) continue;
-        seq->tokens[seq->ntoken++] = next[i];
         if (is_stop(s, seq, next[i]))
             lla_scheduler_end(s, seq, LLAISYS_FINISH_STOP);
         else if (seq->ntoken == seq->limit)

@@ -1,7 +1,7 @@
 /* scheduler.h: which rows of which sequences form the next step. Pure: it knows no model, no device and no clock.
  *
  *     lla_scheduler_add(&s, seq);                     a sequence joins the queue
- *     while (lla_scheduler_next(&s, &step)) {         rows for one step, or none: nothing to do
+ *     while (lla_scheduler_next(&s, &step)) {         rows for one step, or none: nothing to run
  *         run step.seqs[step.nseq], next tokens to next[]
  *         lla_scheduler_done(&s, &step, next);        tokens join their sequences; some end
  *     }
@@ -20,9 +20,12 @@
  * Prefixes are looked up at admission and again whenever a prompt stands between two blocks, so that of many prompts
  * with one beginning that arrive together only the first computes it.
  *
- * Steps in flight. A step names its sequences and their epochs, and lla_scheduler_done() skips those that have ended or
- * moved since: a later executor may hold one step on the device while the next is formed, if it feeds tokens back
- * itself. Blocks given back may still be written by such a step; steps run in order, so their next owner comes later.
+ * A step in flight. The next step may be formed while the device still runs the one before, so that the host's work
+ * hides behind the device's: next(a), next(b), done(a), next(c), done(b), ... A sequence that decodes in both takes its
+ * token in the second from the first on the device: step.feed says from which of its entries. If that token turns out
+ * to be its last, the second row was for nothing, and its result is dropped. Blocks that are given back may still be
+ * written by the step in flight; none of them is a known prefix, and steps run in order, so that the next owner's
+ * writes come later.
  *
  * Ownership: sequences and their memory are the caller's; the scheduler keeps pointers from add until the sequence has
  * ended. Threads: one at a time. All memory is taken by lla_scheduler_create. */
@@ -50,19 +53,24 @@ struct lla_seq {
     enum lla_seq_state state;
     enum LlaisysFinish finish; /* once ended */
     size_t ntoken;             /* known tokens: prompt and answer */
-    size_t computed;           /* of these, how many have KV */
+    size_t pending;            /* tokens behind them that steps in flight choose */
+    size_t computed;           /* of all these, how many have KV, or have it when the steps in flight are done */
+    size_t settled;            /* of these, how many have it now */
     size_t cached;             /* prompt tokens that did not have to be computed */
     size_t preemptions;
     bool was_admitted;
-    size_t slot, grant;
-    uint64_t arrival, epoch;
+    size_t slot;
+    size_t grant; /* rows in the step being formed */
+    size_t place; /* entry in the last step that it had rows in */
+    uint64_t arrival;
     struct lla_seq *before, *after; /* in the queue */
 };
 
 struct lla_step {
     struct lla_step_seq *seqs; /* [max_seqs] */
-    struct lla_seq **who;      /* [max_seqs] */
-    uint64_t *epochs;          /* [max_seqs] */
+    struct lla_seq **who;      /* [max_seqs]: NULL for one that has ended or given way since */
+    int32_t *feed;             /* [max_seqs]: the entry of the step before, still in flight, whose choice is this one's
+                                  only token, in place of the -1 that stands there; -1: the tokens are known */
     size_t nseq, rows, ndecode;
 };
 
@@ -83,8 +91,9 @@ struct lla_scheduler {
     size_t nwaiting;
     size_t *slots; /* stack of free ones */
     size_t nslot;
-    uint64_t arrivals, epochs;
-    struct { /* why the first of the queue was not admitted: not asked again before something changes */
+    uint64_t arrivals;
+    struct lla_step *latest; /* the last step formed, until it is done */
+    struct {                 /* why the first of the queue was not admitted: not asked again before something changes */
         const struct lla_seq *seq;
         uint64_t given_back;
         size_t nrunning;
@@ -103,7 +112,7 @@ void lla_step_destroy(struct lla_step *step);
 void lla_scheduler_add(struct lla_scheduler *s, struct lla_seq *seq);
 /* Ends a waiting or running sequence and takes its blocks back; what it computed stays cached. */
 void lla_scheduler_end(struct lla_scheduler *s, struct lla_seq *seq, enum LlaisysFinish finish);
-/* Forms the next step; false: there is nothing to run. */
+/* Forms the next step, while at most one other is in flight; false: there is nothing to run until that one is done. */
 bool lla_scheduler_next(struct lla_scheduler *s, struct lla_step *step);
 /* Takes the tokens that the step chose [nseq], -1 for those that wanted none. Sequences that ended say so. */
 void lla_scheduler_done(struct lla_scheduler *s, const struct lla_step *step, const int64_t *next);

@@ -3,7 +3,7 @@
 #ifndef LLA_TEST_FAKE_DEVICE_H
 #define LLA_TEST_FAKE_DEVICE_H
 
-#include "../../engine/runner.h"
+#include "../../engine/scheduler.h"
 #include "harness.h"
 
 #include <stdlib.h>
@@ -13,6 +13,7 @@ struct fake_device {
     uint64_t *content; /* [nblock, kv_block] */
     uint64_t *written; /* [nblock]: step of the last write, so that two sequences cannot write one block in a step */
     uint64_t steps, rows;
+    int64_t chosen[512]; /* by the last step, on the device */
 };
 
 static inline struct fake_device fake_open(size_t nblock, size_t kv_block, size_t vocab) {
@@ -62,6 +63,23 @@ static inline lla_status fake_run(void *arg, const struct lla_step_seq *seqs, si
         next[i] = s->want_next ? fake_next(d, h, &s->sampling) : -1;
     }
     return LLA_OK;
+}
+
+/* A step whose tokens may be those that the step before has just chosen. */
+static inline void fake_step(struct fake_device *d, const struct lla_step *step, int64_t *next) {
+    struct lla_step_seq seqs[512];
+    int64_t fed[512];
+    memcpy(seqs, step->seqs, step->nseq * sizeof *seqs);
+    for (size_t i = 0; i < step->nseq; i++) {
+        for (size_t j = 0; j < seqs[i].ntoken; j++)
+            if ((seqs[i].tokens[j] < 0) != (step->feed[i] >= 0)) HARNESS_FAIL("entry %zu lacks a token", i);
+        if (step->feed[i] < 0) continue;
+        if (seqs[i].ntoken != 1 || d->chosen[step->feed[i]] < 0) HARNESS_FAIL("entry %zu is fed by nobody", i);
+        fed[i] = d->chosen[step->feed[i]];
+        seqs[i].tokens = &fed[i];
+    }
+    fake_run(d, seqs, step->nseq, next);
+    memcpy(d->chosen, next, step->nseq * sizeof *next);
 }
 
 /* The answer of a request that is alone: n tokens behind the prompt. */

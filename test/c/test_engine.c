@@ -20,14 +20,26 @@ static pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
 static atomic_long steps_before_failure = -1;
 static atomic_uint step_us;
 
-static lla_status run(void *arg, const struct lla_step_seq *seqs, size_t nseq, int64_t *next) {
+static int64_t launched[2][64]; /* what steps in flight have chosen */
+static size_t nlaunched, nwaited;
+static bool overlaps; /* the second time that all tests run */
+
+static lla_status launch(void *arg, const struct lla_step *step) {
+    CHECK(nlaunched - nwaited < (overlaps ? 2 : 1));
+    fake_step(arg, step, launched[nlaunched++ % 2]);
+    return LLA_OK;
+}
+
+static lla_status await(void *arg, const struct lla_step *step, int64_t *next) {
+    (void)arg;
     pthread_mutex_lock(&gate);
     pthread_mutex_unlock(&gate);
     if (step_us) usleep(step_us);
     const long left = atomic_load(&steps_before_failure);
     if (left == 0) return lla_fail(LLA_EDEVICE, "the stand-in was told to fail");
     if (left > 0) atomic_fetch_sub(&steps_before_failure, 1);
-    return fake_run(arg, seqs, nseq, next);
+    memcpy(next, launched[nwaited++ % 2], step->nseq * sizeof *next);
+    return LLA_OK;
 }
 
 static void open_engine(size_t seqs, size_t max_queue, size_t blocks) {
@@ -42,7 +54,9 @@ static void open_engine(size_t seqs, size_t max_queue, size_t blocks) {
                                              .vocab = 500,
                                              .max_queue = max_queue};
     device = fake_open(blocks + 1, 8, 500);
-    CHECK_INT(lla_engine_create(&config, (struct lla_executor){run, &device}, &engine), LLA_OK);
+    nlaunched = nwaited = 0;
+    const struct lla_executor executor = {launch, await, &device, overlaps};
+    CHECK_INT(lla_engine_create(&config, executor, &engine), LLA_OK);
 }
 
 static struct LlaisysEngineStats stats(void) {
@@ -599,4 +613,8 @@ TEST(tokens_stay_until_the_next_poll) {
     close_engine();
 }
 
-RUN_TESTS()
+int main(int argc, char **argv) {
+    const int failed = harness_main(argc > 1 ? argv[1] : NULL);
+    overlaps = true;
+    return harness_main(argc > 1 ? argv[1] : NULL) || failed;
+}

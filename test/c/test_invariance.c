@@ -56,8 +56,10 @@ struct recorder {
     float *row;
 };
 
-static lla_status run_and_record(void *arg, const struct lla_step_seq *seqs, size_t nseq, int64_t *next) {
+static lla_status run_and_record(void *arg, const struct lla_step *step, int64_t *next) {
     const struct recorder *r = arg;
+    const struct lla_step_seq *seqs = step->seqs;
+    const size_t nseq = step->nseq;
     LLA_TRY(lla_runner_step(r->runner, seqs, nseq, next));
     size_t n = 0;
     for (size_t i = 0; i < nseq; i++) {
@@ -202,7 +204,8 @@ static void run_schedule(const struct lla_spec *spec, const struct lla_limits *l
     struct recorder recorder = {&runner, &engine, malloc(vocab * sizeof(float))};
     row = malloc(vocab * sizeof *row);
     recorded = calloc(REQUESTS + 2 * d->max_seqs, sizeof *recorded);
-    CHECK_INT(lla_engine_create(&config, (struct lla_executor){run_and_record, &recorder}, &engine), LLA_OK);
+    CHECK_INT(lla_engine_create(&config, (struct lla_executor){.wait = run_and_record, .arg = &recorder}, &engine),
+              LLA_OK);
     for (size_t i = 0; i < SYSTEM; i++) system_prompt[i] = (int64_t)rng_below(rng, vocab);
     memset(requests, 0, sizeof requests);
 

@@ -16,7 +16,11 @@ enum { SLOW = 0 };
 
 static uint64_t test_seed = 11;
 static struct lla_scheduler scheduler;
-static struct lla_step step;
+static struct lla_step buffers[2], step;
+static int64_t chosen[2][512];
+static size_t current;
+static struct lla_seq *asked[512]; /* who stands in the step, before some of them end */
+static bool in_flight, overlap;    /* overlap: a step is formed while the one before is in flight */
 static struct fake_device device;
 static const int64_t eos[] = {3};
 
@@ -31,7 +35,8 @@ static void open_scheduler(size_t seqs, size_t seq, size_t rows, size_t mixed, s
                                                 .eos = eos,
                                                 .neos = neos};
     CHECK_INT(lla_scheduler_create(&config, &scheduler), LLA_OK);
-    CHECK_INT(lla_step_create(seqs, &step), LLA_OK);
+    for (size_t i = 0; i < 2; i++) CHECK_INT(lla_step_create(seqs, &buffers[i]), LLA_OK);
+    in_flight = false;
     device = fake_open(blocks + 1, kv_block, 1000);
 }
 
@@ -41,7 +46,7 @@ static void close_scheduler(void) {
     CHECK_INT(scheduler.nslot, scheduler.config.max_seqs);
     if (lla_kvpool_check(&scheduler.pool)) HARNESS_FAIL("%s", lla_last_error());
     fake_close(&device);
-    lla_step_destroy(&step);
+    for (size_t i = 0; i < 2; i++) lla_step_destroy(&buffers[i]);
     lla_scheduler_destroy(&scheduler);
 }
 
@@ -68,16 +73,22 @@ static struct lla_seq *add(size_t nprompt, size_t nanswer, uint64_t text) {
     return seq;
 }
 
-/* One step, with what holds for every step. */
+/* Forms a step and runs it, with what holds for every step; the one before is done after that where steps overlap. */
 static bool turn(void) {
-    static int64_t next[512];
     const struct lla_scheduler_config *c = &scheduler.config;
     struct lla_seq *decoding[512];
     size_t ndecoding = 0, rows = 0;
-    for (size_t i = 0; i < scheduler.nrunning; i++)
-        if (scheduler.running[i]->ntoken - scheduler.running[i]->computed == 1)
-            decoding[ndecoding++] = scheduler.running[i];
-    if (!lla_scheduler_next(&scheduler, &step)) return false;
+    for (size_t i = 0; i < scheduler.nrunning; i++) {
+        const struct lla_seq *s = scheduler.running[i];
+        const size_t n = s->ntoken + s->pending;
+        if (n - s->computed == 1 && n < s->limit) decoding[ndecoding++] = scheduler.running[i];
+    }
+    const bool was_in_flight = in_flight;
+    const size_t last = current;
+    current = !current;
+    in_flight = lla_scheduler_next(&scheduler, &buffers[current]);
+    step = buffers[current]; /* its lists are shared */
+    memcpy(asked, step.who, step.nseq * sizeof *asked);
     CHECK(step.nseq <= c->max_seqs);
     bool slots[512] = {false};
     for (size_t i = 0; i < step.nseq; i++) {
@@ -86,6 +97,7 @@ static bool turn(void) {
         slots[step.seqs[i].slot] = true;
         rows += step.seqs[i].ntoken;
         CHECK_INT(step.who[i]->state, LLA_SEQ_RUNNING);
+        CHECK(was_in_flight || step.feed[i] < 0);
     }
     CHECK_INT(rows, step.rows);
     CHECK(rows <= (step.ndecode ? c->mixed_rows : c->max_rows));
@@ -99,9 +111,19 @@ static bool turn(void) {
         const struct lla_seq *a = scheduler.running[i - 1], *b = scheduler.running[i];
         CHECK(a->priority > b->priority || (a->priority == b->priority && a->arrival < b->arrival));
     }
-    fake_run(&device, step.seqs, step.nseq, next);
-    lla_scheduler_done(&scheduler, &step, next);
-    return true;
+    if (in_flight) fake_step(&device, &buffers[current], chosen[current]);
+    if (was_in_flight) lla_scheduler_done(&scheduler, &buffers[last], chosen[last]);
+    if (in_flight && !overlap) {
+        lla_scheduler_done(&scheduler, &buffers[current], chosen[current]);
+        in_flight = false;
+        for (size_t i = 0; i < step.nseq; i++) CHECK(step.who[i] == asked[i]); /* also who has ended */
+        for (size_t i = 0; i < scheduler.nrunning; i++) {
+            CHECK_INT(scheduler.running[i]->settled, scheduler.running[i]->computed);
+            CHECK_INT(scheduler.running[i]->pending, 0);
+        }
+        return true;
+    }
+    return in_flight || was_in_flight;
 }
 
 static void check_answer(const struct lla_seq *seq) {
@@ -150,6 +172,7 @@ TEST(random_schedules) {
         const size_t kv_block = (size_t)1 << rng_below(&rng, 5), seqs = rng_range(&rng, 1, 12),
                      most = rng_range(&rng, 20, 150), rows = rng_range(&rng, seqs, seqs + 60),
                      least = (most + kv_block - 1) / kv_block;
+        overlap = rng_below(&rng, 2);
         open_scheduler(seqs, most, rows, rng_range(&rng, seqs, rows), least + rng_below(&rng, 3 * least), kv_block, 1);
         device.vocab = 500;
         struct lla_seq *alive[ALIVE] = {NULL};
@@ -190,8 +213,9 @@ TEST(random_schedules) {
             CHECK_INT(scheduler.pool.nfree + scheduler.pool.ncached + scheduler.pool.nactive, scheduler.pool.total);
             for (size_t b = 1; b <= scheduler.pool.total; b++) shared += scheduler.pool.blocks[b].refs > 1;
         }
-        CHECK(!turn());
+        while (turn()) {} /* what is still in flight */
         close_scheduler();
+        overlap = false;
     }
     CHECK(preempted > 50 && cached > 100 && stopped > 50 && cancelled > 20 && shared > 100);
     if (TEST_FAILURES) fprintf(stderr, "seed %llu\n", (unsigned long long)test_seed);
@@ -304,6 +328,28 @@ TEST(the_newest_gives_way) {
     close_scheduler();
 }
 
+/* Where steps overlap, a sequence that decodes has a row in every one of them, one step for each of its tokens and one
+ * more, the last, where a stop token was not foreseen. */
+TEST(steps_overlap) {
+    static const int64_t stop[] = {77};
+    overlap = true;
+    for (uint64_t text = 0; text < 300; text++) {
+        open_scheduler(2, 64, 64, 64, 40, 4, 0);
+        device.vocab = 100;
+        struct lla_seq *seq = new_seq(8, 40, text);
+        seq->stops = stop, seq->nstop = 1, seq->ignore_eos = true;
+        lla_scheduler_add(&scheduler, seq);
+        while (turn()) {}
+        const size_t answer = seq->ntoken - 8;
+        check_answer(seq);
+        check_finish(seq);
+        CHECK_INT(device.steps, answer + (seq->finish == LLAISYS_FINISH_STOP && answer < 40));
+        free_seq(seq);
+        close_scheduler();
+    }
+    overlap = false;
+}
+
 /* ---- prefixes ---- */
 
 /* Twenty prompts of 400 tokens with 384 in common, all at once: the common part is computed once. */
@@ -378,6 +424,7 @@ TEST(host_work_is_small) {
     enum { STEPS = 2000, SEQS = 64 };
     static double us[STEPS];
     static int64_t next[SEQS];
+    struct lla_step *now = &buffers[0];
     open_scheduler(SEQS, 4096, 512, 128, 64 * 70, 32, 0);
     struct lla_seq *seqs[SEQS];
     for (size_t i = 0; i < SEQS; i++) seqs[i] = add(100, 3000, i);
@@ -385,10 +432,10 @@ TEST(host_work_is_small) {
     for (size_t i = 0; i < SEQS; i++) next[i] = 5;
     for (size_t i = 0; i < STEPS; i++) {
         const double start = now_us();
-        CHECK(lla_scheduler_next(&scheduler, &step));
-        lla_scheduler_done(&scheduler, &step, next);
+        CHECK(lla_scheduler_next(&scheduler, now));
+        lla_scheduler_done(&scheduler, now, next);
         us[i] = now_us() - start;
-        CHECK_INT(step.nseq, SEQS);
+        CHECK_INT(now->nseq, SEQS);
     }
     qsort(us, STEPS, sizeof *us, ascending);
     printf("scheduler at %d sequences: median %.1f us a step, p99 %.1f us\n", SEQS, us[STEPS / 2],
