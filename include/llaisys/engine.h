@@ -84,7 +84,7 @@ struct LlaisysRequest {
     int logprobs;
     /* for the caller and the scheduler */
     uint64_t tag;        /* comes back in every event */
-    int priority;        /* higher goes first, always; equal ones in order of arrival */
+    int priority;        /* higher leaves the queue first, always, and gives way last; equal ones by arrival */
     int no_cache;        /* 1: the prefix cache is neither used nor filled */
     uint64_t cache_salt; /* requests share cached prefixes only with those of the same salt */
 };
