@@ -18,7 +18,9 @@ enum {
     LLA_EIO,     /* the operating system refused a file */
     LLA_EFORMAT, /* a file's content is wrong */
     LLA_ELIMIT,  /* a limit of the plan is reached */
-    LLA_EDEVICE  /* a device is missing or failed */
+    LLA_EDEVICE, /* a device is missing or failed */
+    LLA_EBUSY,   /* no room or no time now; later there may be */
+    LLA_ECLOSED  /* no more requests are taken */
 };
 
 /* Sets the thread's message, made valid UTF-8 and cut to 1023 bytes, and returns status. */

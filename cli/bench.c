@@ -5,10 +5,10 @@
  * ceiling is a plain read of the same memory by the same threads, taken between the decode steps, so that both see the
  * same machine. Prefill is bound by arithmetic: two operations for every weight and token, and attention; its ceiling
  * is the dot-product instruction. */
+#include "bench.h"
 #include "../engine/load.h"
 #include "../engine/runner.h"
 #include "../kernels/cpu/isa.h"
-#include "shapes.h"
 
 #ifdef LLA_CUDA
 #include "../graph/exec_cuda.h"
@@ -109,54 +109,12 @@ static double peak_flops(llaisysDataType_t dtype, struct lla_crew *crew) {
 
 /* ---- the model ---- */
 
-static uint64_t mix(uint64_t *state) { /* splitmix64 */
-    uint64_t z = *state += 0x9E3779B97F4A7C15u;
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
-    return z ^ z >> 31;
-}
-
-/* Uniform values of variance 1/cols (so that activations keep their size); norm weights around 1. */
-static lla_status randomize(struct lla_runner *runner) {
-    enum { PIECE = 1 << 16, STAGING = 32 << 20 };
-    const struct lla_plan *plan = &runner->graph.plan;
-    const size_t element = lla_dtype_size(plan->spec.dtype);
-    char *staging = malloc(STAGING);
-    LLA_REQUIRE(staging, LLA_ENOMEM, "no memory to make weights");
-    lla_status status = LLA_OK;
-    for (size_t i = 0; i < plan->nweight && !status; i++) {
-        const struct lla_weight *w = &plan->weights[i];
-        if (w->kind == LLA_W_HEAD && plan->spec.tied) continue;
-        const bool is_norm = w->cols == 1 && w->kind != LLA_W_QKV_BIAS;
-        const float scale = sqrtf(3.0f / (float)(w->cols > 1 ? w->cols : 12)) * (is_norm ? 0.1f : 1.0f);
-        const size_t most = STAGING / (w->cols * element);
-        for (size_t r = 0, n; r < w->rows && !status; r += n) {
-            n = w->rows - r < most ? w->rows - r : most;
-            const size_t first = r * w->cols, count = n * w->cols;
-#pragma omp parallel for schedule(dynamic)
-            for (size_t p = 0; p < count; p += PIECE) {
-                uint64_t state = i * 0x1000000000 + first + p;
-                for (size_t j = p; j < count && j < p + PIECE; j++) {
-                    const float unit = (float)(mix(&state) >> 40) * 0x1p-23f - 1;
-                    lla_store_float(staging, j, unit * scale + (is_norm ? 1.0f : 0.0f), plan->spec.dtype);
-                }
-            }
-            status = lla_runner_store(runner, w, r, n, staging);
-        }
-    }
-    free(staging);
-    return status;
-}
-
 static lla_status open_model(const struct options *o, struct lla_runner *runner, struct report *report) {
     struct lla_spec spec;
     struct lla_checkpoint *checkpoint = NULL;
     const double start = now();
     if (o->shape) {
-        size_t i = 0, n = sizeof lla_shapes / sizeof *lla_shapes;
-        while (i < n && strcmp(o->shape, lla_shapes[i].name)) i++;
-        LLA_REQUIRE(i < n, LLA_EINVAL, "--shape %s is not known; see --help", o->shape);
-        spec = lla_shapes[i].spec;
+        LLA_TRY(bench_shape(o->shape, &spec));
         report->name = o->shape;
     } else {
         LLA_TRY(lla_spec_load(o->model, &spec));
@@ -176,7 +134,7 @@ static lla_status open_model(const struct options *o, struct lla_runner *runner,
     if (!status) status = lla_runner_create(&spec, &limits, (struct lla_shard){0, 1}, 0, o->nthread, runner);
     const double created = now();
     if (!status && checkpoint) status = lla_load_weights(runner, checkpoint, lla_progress_bar);
-    if (!status && !checkpoint) status = randomize(runner);
+    if (!status && !checkpoint) status = bench_randomize(runner);
     const double loaded = now();
     if (!status) status = lla_runner_ready(runner);
     lla_checkpoint_close(checkpoint);
@@ -286,7 +244,7 @@ static lla_status measure(struct lla_runner *r, const struct options *o, struct 
         goto out;
     }
     uint64_t state = 1;
-    for (size_t i = 0; i < o->batch * o->context; i++) prompts[i] = (int64_t)(mix(&state) % vocab);
+    for (size_t i = 0; i < o->batch * o->context; i++) prompts[i] = (int64_t)(bench_mix(&state) % vocab);
     for (size_t i = 0; i < o->batch * d->max_blocks; i++) blocks[i] = (int32_t)i + 1;
 
     if (!o->is_cuda) report->peak_flops = peak_flops(d->dtype, r->crew);
@@ -407,11 +365,11 @@ static void print_json(const struct options *o, const struct report *r, int nthr
 }
 
 static void usage(FILE *out) {
-    fprintf(out, "usage: llaisys-bench [options]\n"
+    fprintf(out, "usage: llaisys-bench [options]          speed of prefill and decode\n"
+                 "       llaisys-bench serve [options]    many requests at once; see llaisys-bench serve --help\n"
                  "  --model DIR      a model folder in transformers' format\n"
                  "  --shape NAME     random weights of a known shape instead:");
-    for (size_t i = 0; i < sizeof lla_shapes / sizeof *lla_shapes; i++)
-        fprintf(out, "%s %s", i ? "," : "", lla_shapes[i].name);
+    bench_print_shapes(out);
     fprintf(out, "\n                   (default: deepseek-r1-distill-qwen-1.5b)\n"
                  "  --device NAME    cpu or nvidia (cpu)\n"
                  "  --batch N        sequences decoded together (1)\n"
@@ -474,6 +432,7 @@ static lla_status parse(int argc, char **argv, struct options *o) {
 }
 
 int main(int argc, char **argv) {
+    if (argc > 1 && !strcmp(argv[1], "serve")) return bench_serve(argc - 1, argv + 1);
     for (int i = 1; i < argc; i++)
         if (!strcmp(argv[i], "--help")) {
             usage(stdout);

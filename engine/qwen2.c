@@ -1,9 +1,9 @@
 /* qwen2.c: the LLAISYS Qwen2 model: one sequence over a runner, in slot 0. */
 #include "../include/llaisys/models/qwen2.h"
 
-#include "device.h"
 #include "kvpool.h"
 #include "load.h"
+#include "open.h"
 #include "runner.h"
 #include "tensor.h"
 
@@ -22,18 +22,6 @@ struct LlaisysQwen2Model {
     size_t nhandle;
 };
 
-static lla_status check_device(llaisysDeviceType_t device, const int *device_ids, int ndevice) {
-    LLA_REQUIRE(device == LLAISYS_DEVICE_CPU || device == LLAISYS_DEVICE_NVIDIA, LLA_EINVAL, "unknown device type %d",
-                device);
-    LLA_REQUIRE(ndevice == 1, LLA_EINVAL, "%d devices were asked for, expected 1: tensor parallelism is not there yet",
-                ndevice);
-    const int id = device_ids ? device_ids[0] : 0, count = lla_device_get(device)->count();
-    LLA_REQUIRE(count > 0, LLA_EDEVICE, "device %s was asked for, but there is none", lla_device_get(device)->name);
-    LLA_REQUIRE(id >= 0 && id < count, LLA_EINVAL, "%s device %d was asked for, expected 0 to %d",
-                lla_device_get(device)->name, id, count - 1);
-    return LLA_OK;
-}
-
 static lla_status create(const struct lla_spec *spec, const struct lla_limits *limits, int device_id, int nthread,
                          struct LlaisysQwen2Model **out) {
     lla_status status;
@@ -41,7 +29,7 @@ static lla_status create(const struct lla_spec *spec, const struct lla_limits *l
     LLA_REQUIRE(m, LLA_ENOMEM, "no memory for a model");
     LLA_TRY_GOTO(status, lla_runner_create(spec, limits, (struct lla_shard){0, 1}, device_id, nthread, &m->runner),
                  fail);
-    LLA_TRY_GOTO(status, lla_kvpool_create(m->runner.graph.plan.nblock, &m->pool), fail);
+    LLA_TRY_GOTO(status, lla_kvpool_create(m->runner.graph.plan.nblock, m->runner.graph.dims.kv_block, &m->pool), fail);
     m->blocks = calloc(m->runner.graph.plan.max_blocks, sizeof *m->blocks);
     if (!m->blocks) {
         status = lla_fail(LLA_ENOMEM, "no memory for a block table of %zu blocks", m->runner.graph.plan.max_blocks);
@@ -161,7 +149,7 @@ struct LlaisysQwen2Model *llaisysQwen2ModelCreate(const struct LlaisysQwen2Meta 
     spec.eos[0] = meta->end_token;
     const struct lla_limits limits = {.device = device, .max_seq = meta->maxseq};
     struct LlaisysQwen2Model *m = NULL;
-    if (check_device(device, device_ids, ndevice) || lla_spec_check(&spec) ||
+    if (lla_open_check(device, device_ids, ndevice) || lla_spec_check(&spec) ||
         create(&spec, &limits, device_ids ? device_ids[0] : 0, 0, &m))
         return NULL;
     if (make_handles(m)) {
@@ -171,36 +159,6 @@ struct LlaisysQwen2Model *llaisysQwen2ModelCreate(const struct LlaisysQwen2Meta 
     return m;
 }
 
-/* The spec and limits that a folder and options give. */
-static lla_status resolve(const char *path, const struct LlaisysQwen2Options *options, struct lla_spec *spec,
-                          struct lla_limits *limits, struct lla_checkpoint **checkpoint) {
-    LLA_REQUIRE(path, LLA_EINVAL, "the model's path is NULL");
-    LLA_REQUIRE(!options->dtype || lla_dtype_is_compute(options->dtype), LLA_EINVAL,
-                "dtype %s, expected bf16, f16 or f32", lla_dtype_name(options->dtype));
-    LLA_TRY(lla_spec_load(path, spec));
-    lla_status status = LLA_OK;
-    if (options->dtype) spec->dtype = options->dtype;
-    if (!lla_dtype_is_compute(spec->dtype) || checkpoint) {
-        struct lla_checkpoint *opened = NULL;
-        LLA_TRY(lla_checkpoint_open(path, &opened));
-        if (!lla_dtype_is_compute(spec->dtype)) { /* a config that does not say: as the weights are */
-            const struct lla_st_tensor *embed = lla_checkpoint_find(opened, "model.embed_tokens.weight");
-            spec->dtype = embed ? embed->dtype : LLAISYS_DTYPE_INVALID;
-        }
-        if (checkpoint)
-            *checkpoint = opened;
-        else
-            lla_checkpoint_close(opened);
-    }
-    *limits = (struct lla_limits){
-        .device = options->device, .max_seq = options->maxseq, .prefill_chunk = options->prefill_chunk};
-    if ((status = lla_spec_check(spec))) {
-        if (checkpoint) lla_checkpoint_close(*checkpoint), *checkpoint = NULL;
-        return lla_fail_in(status, "%s", path);
-    }
-    return LLA_OK;
-}
-
 struct LlaisysQwen2Model *llaisysQwen2ModelOpen(const char *path, const struct LlaisysQwen2Options *given) {
     lla_clear_error();
     const struct LlaisysQwen2Options options = given ? *given : (struct LlaisysQwen2Options){0};
@@ -208,8 +166,8 @@ struct LlaisysQwen2Model *llaisysQwen2ModelOpen(const char *path, const struct L
     struct lla_limits limits;
     struct lla_checkpoint *checkpoint = NULL;
     struct LlaisysQwen2Model *m = NULL;
-    if (check_device(options.device, options.device_ids, options.ndevice ? options.ndevice : 1) ||
-        resolve(path, &options, &spec, &limits, &checkpoint))
+    if (lla_open_check(options.device, options.device_ids, options.ndevice ? options.ndevice : 1) ||
+        lla_open_resolve(path, &options, &spec, &limits, &checkpoint))
         return NULL;
     lla_status status = create(&spec, &limits, options.device_ids ? options.device_ids[0] : 0, options.nthread, &m);
     if (!status) status = lla_load_weights(&m->runner, checkpoint, options.progress ? lla_progress_bar : NULL);
@@ -306,19 +264,7 @@ int llaisysQwen2ModelIsEnd(const struct LlaisysQwen2Model *m, int64_t token) {
 
 void llaisysQwen2ModelMeta(const struct LlaisysQwen2Model *m, struct LlaisysQwen2Meta *meta) {
     if (!m || !meta) return;
-    const struct lla_spec *s = &m->runner.graph.plan.spec;
-    *meta = (struct LlaisysQwen2Meta){.dtype = s->dtype,
-                                      .nlayer = s->nlayer,
-                                      .hs = s->hidden,
-                                      .nh = s->nhead,
-                                      .nkvh = s->nkvhead,
-                                      .dh = s->head_dim,
-                                      .di = s->ffn,
-                                      .maxseq = m->runner.graph.plan.limits.max_seq,
-                                      .voc = s->vocab,
-                                      .epsilon = s->eps,
-                                      .theta = (float)s->theta,
-                                      .end_token = s->neos ? s->eos[0] : -1};
+    lla_open_meta(&m->runner.graph.plan, meta);
 }
 
 /* ---- plan ---- */
@@ -336,7 +282,7 @@ char *llaisysQwen2Plan(const char *path, const struct LlaisysQwen2Options *given
     struct lla_spec spec;
     struct lla_limits limits;
     struct lla_graph graph;
-    if (resolve(path, &options, &spec, &limits, NULL) ||
+    if (lla_open_resolve(path, &options, &spec, &limits, NULL) ||
         lla_graph_make(&spec, &limits, (struct lla_shard){0, 1}, &graph))
         return NULL;
     char *text = NULL;

@@ -1,7 +1,9 @@
 /* test_alloc.c: once a model is there, nothing is allocated: not by the library's own calls (the linker's --wrap counts
  * them), and, where no sanitizer has taken the allocator, not by libraries that it calls either. */
+#include "../../engine/engine.h"
 #include "../../include/llaisys/models/qwen2.h"
 #include "harness.h"
+#include "model.h"
 #include "random.h"
 
 #include <errno.h>
@@ -154,6 +156,64 @@ TEST(failures) {
     counting = false;
     CHECK_INT(calls, 0);
     llaisysQwen2ModelDestroy(m);
+}
+
+/* ---- the engine ---- */
+
+static struct LlaisysEngine *make_engine(void) {
+    const struct lla_spec spec = {LLAISYS_DTYPE_BF16, 2, 64, 4, 2, 16, 96, 3000, 700, true, 1e-6f, 1e4, {0}, 0};
+    const struct lla_limits limits = {.max_seq = 300, .max_seqs = 4, .kv_tokens = 400, .prefill_chunk = 64};
+    struct lla_runner *runner = calloc(1, sizeof *runner);
+    struct LlaisysEngine *e = NULL;
+    CHECK_INT(lla_runner_create(&spec, &limits, (struct lla_shard){0, 1}, 0, 2, runner), LLA_OK);
+    fill_weights(&runner->graph, runner->arena, 3);
+    CHECK_INT(lla_engine_create_over(runner, 16, 0, &e), LLA_OK);
+    if (!e) exit(1);
+    return e;
+}
+
+static size_t poll_engine(struct LlaisysEngine *e) {
+    struct LlaisysEvent events[4];
+    size_t count, ended = 0;
+    CHECK_INT(llaisysEnginePoll(e, events, 4, 10000, &count), LLAISYS_OK);
+    for (size_t i = 0; i < count; i++) ended += events[i].finish != LLAISYS_FINISH_NONE;
+    return ended;
+}
+
+/* Forty requests, greedy and sampled, some cancelled, some preempted, some with a prefix from the cache, some refused.
+ */
+static void serve(struct LlaisysEngine *e) {
+    int64_t prompt[200];
+    struct rng rng = {5};
+    for (size_t i = 0; i < 200; i++) prompt[i] = (int64_t)rng_below(&rng, 3000);
+    size_t ended = 0, submitted = 0;
+    while (submitted < 40) {
+        struct LlaisysRequest q = {.prompt = prompt, .nprompt = rng_range(&rng, 1, 200), .max_tokens = 60};
+        if (submitted % 2) q.sampling = (struct LlaisysSampling){0.8f, submitted % 4 == 1 ? 20 : 0, 0.9f, submitted};
+        q.no_cache = submitted % 5 == 0;
+        uint64_t id;
+        if (llaisysEngineSubmit(e, &q, &id) == LLAISYS_OK) {
+            if (++submitted % 7 == 0) CHECK_INT(llaisysEngineCancel(e, id), LLAISYS_OK);
+        } else {
+            ended += poll_engine(e);
+        }
+    }
+    while (ended < 40) ended += poll_engine(e);
+    struct LlaisysEngineStats stats;
+    llaisysEngineStats(e, &stats);
+    CHECK(stats.preemptions && stats.cached_tokens && stats.finished[LLAISYS_FINISH_CANCELLED] && stats.refused);
+}
+
+TEST(engine) {
+    struct LlaisysEngine *e = make_engine();
+    calls = 0;
+    counting = true;
+    serve(e);
+    CHECK_INT(llaisysEngineDrain(e, 1000), LLAISYS_OK);
+    CHECK_INT(llaisysEngineStop(e), LLAISYS_OK);
+    counting = false;
+    CHECK_INT(calls, 0);
+    llaisysEngineClose(e);
 }
 
 RUN_TESTS()

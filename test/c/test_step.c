@@ -202,7 +202,7 @@ static void run_schedule(const struct model *m, struct rng *rng) {
     const size_t vocab = g->dims.vocab, seqs = g->dims.max_seqs;
     struct live lives[MAX_SEQS] = {0};
     struct lla_kvpool pool;
-    CHECK_INT(lla_kvpool_create(g->plan.nblock, &pool), LLA_OK);
+    CHECK_INT(lla_kvpool_create(g->plan.nblock, g->dims.kv_block, &pool), LLA_OK);
     rng_shuffle(rng, pool.free, pool.nfree);
     size_t *owned = calloc(g->plan.nblock, sizeof *owned), finished = 0, style = rng_below(rng, 3);
     float *logits = malloc(vocab * sizeof *logits);

@@ -6,6 +6,7 @@
 import ctypes
 from pathlib import Path
 
+from .engine import load_engine
 from .errors import LlaisysError, check_error, load_errors
 from .llaisys_types import (
     DataType,
@@ -42,6 +43,7 @@ def load_shared_library() -> ctypes.CDLL:
     load_tensor(lib)
     load_ops(lib)
     load_models(lib)
+    load_engine(lib)
     return lib
 
 

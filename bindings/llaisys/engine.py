@@ -1,0 +1,463 @@
+"""Many requests at once over one model: tokens in, tokens out.
+
+    with Engine("models/refrain-mini") as engine:
+        for answer in engine.generate([[1, 2, 3], [4, 5, 6]], max_new_tokens=16):
+            print(answer.tokens, answer.finish)
+
+    async def chat(engine, prompt):
+        async with engine.stream(prompt, temperature=0.8, seed=7) as stream:
+            async for token in stream:  # as they come; leaving the block early cancels the request
+                print(token)
+        print(stream.answer.finish, stream.answer.cached_tokens)
+
+Requests share the model's steps and the KV cache of common prefixes; a request's tokens do not
+depend on what else runs. An engine is used by one thread at a time, either through generate or, by
+any number of streams, within one asyncio event loop. The C header llaisys/engine.h has the details.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import sys
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .libllaisys import LIB_LLAISYS, DataType, DeviceType, LlaisysError, LlaisysQwen2Meta
+from .libllaisys.engine import (
+    EngineBusy,
+    EngineClosed,
+    Finish,
+    LlaisysEngineOptions,
+    LlaisysEngineStats,
+    LlaisysEvent,
+    LlaisysRequest,
+    RequestError,
+)
+from .models.qwen2 import _options, _sampling
+
+if TYPE_CHECKING:
+    from typing import Self  # Python 3.11
+
+__all__ = ["Answer", "Engine", "EngineBusy", "EngineClosed", "Request", "RequestError", "Stream"]
+
+EVENTS = 64  # read with one call
+
+
+@dataclass
+class Request:
+    """A prompt in token ids, and how to go on.
+
+    max_new_tokens None, or more than there is room for, means up to the engine's max_seq tokens in
+    all. temperature 0 or top_k 1 is greedy; top_k 0 and top_p 1 switch these filters off. stop:
+    tokens that end the answer beside the model's own, which ignore_eos leaves out. Higher
+    priorities go first. cache False neither uses nor fills the prefix cache; requests share
+    prefixes only within one cache_salt.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: Sequence[int] = ()
+    ignore_eos: bool = False
+    priority: int = 0
+    cache: bool = True
+    cache_salt: int = 0
+
+
+@dataclass
+class Answer:
+    """What has come of a request; times are seconds since it was submitted, 0 for not yet.
+
+    finish: None while more is to come, then "stop" (the last token ends the text), "length",
+    "cancelled", "error" (with a message) or "closed".
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    finish: str | None = None
+    message: str | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+    queued_s: float = 0.0
+    first_token_s: float = 0.0
+    finished_s: float = 0.0
+
+
+class Engine:
+    """A model folder in transformers' format, opened for many requests.
+
+    max_seq: tokens of one request, prompt and answer together. max_seqs: requests computed at once.
+    kv_tokens: tokens of the KV cache over all requests. kv_block: tokens of one of its blocks.
+    max_queue: requests that may wait. mixed_rows: tokens of a step in which a request decodes,
+    which bounds how long answers wait for others' prompts. None is the engine's choice. The other
+    options are those of Qwen2.
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        device: DeviceType = DeviceType.CPU,
+        *,
+        device_ids: Sequence[int] | None = None,
+        max_seq: int | None = None,
+        max_seqs: int | None = None,
+        kv_tokens: int | None = None,
+        kv_block: int | None = None,
+        max_queue: int | None = None,
+        prefill_chunk: int | None = None,
+        mixed_rows: int | None = None,
+        threads: int | None = None,
+        dtype: DataType | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        self._engine = None
+        self._sinks: dict[int, Callable[[LlaisysEvent], None]] = {}  # by request
+        self._loop: asyncio.AbstractEventLoop | None = None  # which waits for the descriptor
+        sizes = {
+            "max_seqs": max_seqs,
+            "kv_tokens": kv_tokens,
+            "kv_block": kv_block,
+            "max_queue": max_queue,
+            "mixed_rows": mixed_rows,
+        }
+        for name, value in sizes.items():
+            if value is not None and not 0 < value < 2**31:
+                raise ValueError(f"{name}: expected 1 to 2**31 - 1, found {value}")
+        model = _options(device, device_ids, max_seq, prefill_chunk, threads, dtype, progress)
+        options = LlaisysEngineOptions(model=model, **{k: v or 0 for k, v in sizes.items()})
+        self._events = (LlaisysEvent * EVENTS)()
+        self._count = ctypes.c_size_t()  # of those, read by the last call
+        self._next = 0  # of those, the first not handed out yet
+        self._engine = LIB_LLAISYS.llaisysEngineOpen(os.fsencode(model_path), ctypes.byref(options))
+
+    # ---- answers ----
+
+    def generate(
+        self,
+        prompts: Iterable[Sequence[int] | Request],
+        max_new_tokens: int | None = None,
+        *,
+        progress: bool | None = None,
+        on_answer: Callable[[int, Answer], object] | None = None,
+        **options: Any,
+    ) -> list[Answer]:
+        """Answers all prompts and returns the answers in their order.
+
+        A prompt is a list of token ids, for which the other arguments hold (see Request), or a
+        Request of its own. Prompts beyond what the engine's queue holds wait here. progress: a bar
+        on standard error; None draws it where that is a terminal. on_answer is called with index
+        and answer as each one ends.
+        """
+        self._handle()
+        self._clear_up()
+        if self._sinks:
+            raise RuntimeError("the engine is answering streams: generate would take their events")
+        requests = [
+            prompt if isinstance(prompt, Request) else Request(prompt, max_new_tokens, **options)
+            for prompt in prompts
+        ]
+        answers = [Answer() for _ in requests]
+        bar = _Bar(len(requests), progress)
+
+        def sink(index: int, answer: Answer) -> Callable[[LlaisysEvent], None]:
+            def take(event: LlaisysEvent) -> None:
+                bar.tokens += len(_take(answer, event))
+                if answer.finish:
+                    bar.done += 1
+                    if on_answer is not None:
+                        on_answer(index, answer)
+
+            return take
+
+        try:
+            for index, request in enumerate(requests):
+                is_last_try = False
+                while True:
+                    try:
+                        self._submit(request, sink(index, answers[index]))
+                        break
+                    except EngineBusy:
+                        if is_last_try:
+                            raise
+                    # ended requests give their memory back to the next poll
+                    is_last_try = not self._sinks
+                    self._pump(1000 if self._sinks else 0)
+                    bar.draw()
+            while self._sinks:
+                self._pump(1000)
+                bar.draw()
+        finally:
+            self._cancel_all()
+            bar.close()
+        return answers
+
+    def stream(
+        self, prompt: Sequence[int] | Request, max_new_tokens: int | None = None, **options: Any
+    ) -> Stream:
+        """Submits a request at once and returns its tokens as an asynchronous iterator.
+
+        Takes what generate takes. Raises EngineBusy where the queue is full.
+        """
+        if not isinstance(prompt, Request):
+            prompt = Request(prompt, max_new_tokens, **options)
+        loop = asyncio.get_running_loop()
+        self._clear_up()
+        if self._loop not in (None, loop):
+            raise RuntimeError("the engine is in use by another event loop")
+        stream = Stream(self)
+        stream._id = self._submit(prompt, stream._take)
+        if self._loop is None:
+            self._loop = loop
+            loop.add_reader(LIB_LLAISYS.llaisysEngineFd(self._handle()), self._on_readable)
+        return stream
+
+    # ---- what it does now ----
+
+    def stats(self) -> dict[str, Any]:
+        """Counts and times of struct LlaisysEngineStats; finished is a dict by reason."""
+        stats = LlaisysEngineStats()
+        LIB_LLAISYS.llaisysEngineStats(self._handle(), ctypes.byref(stats))
+        values = {name: getattr(stats, name) for name, *_ in stats._fields_}
+        values["finished"] = {f.name.lower(): stats.finished[f] for f in Finish if f}
+        return values
+
+    @property
+    def meta(self) -> LlaisysQwen2Meta:
+        """Dimensions of the model; maxseq is the one in force."""
+        meta = LlaisysQwen2Meta()
+        LIB_LLAISYS.llaisysEngineMeta(self._handle(), ctypes.byref(meta))
+        return meta
+
+    def drain(self, timeout: float | None = None) -> None:
+        """Takes no more requests and waits until all have ended; EngineBusy if time is up first."""
+        timeout_ms = -1 if timeout is None else max(0, int(1000 * timeout))
+        LIB_LLAISYS.llaisysEngineDrain(self._handle(), timeout_ms)
+
+    def stop(self) -> None:
+        """Ends all requests with "closed"; streams still give what has come so far."""
+        LIB_LLAISYS.llaisysEngineStop(self._handle())
+
+    def close(self) -> None:
+        """Stops, tells the streams, and frees the engine's memory. May be called again."""
+        engine = self._engine
+        if not engine:
+            return
+        LIB_LLAISYS.llaisysEngineStop(engine)
+        while self._sinks:
+            self._pump(0)
+        self._forget_loop()
+        self._engine = None
+        LIB_LLAISYS.llaisysEngineClose(engine)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_engine", None):
+            LIB_LLAISYS.llaisysEngineClose(self._engine)
+
+    # ---- inside ----
+
+    def _handle(self) -> int:
+        if not self._engine:
+            raise ValueError("the engine is closed")
+        return self._engine
+
+    def _submit(self, request: Request, sink: Callable[[LlaisysEvent], None]) -> int:
+        sampling = _sampling(request.top_k, request.top_p, request.temperature, request.seed)
+        most = request.max_new_tokens
+        if most is not None and not 0 < most < 2**63:
+            raise ValueError(f"max_new_tokens: expected at least 1, found {most}")
+        if not -(2**31) <= request.priority < 2**31:
+            raise ValueError(f"priority: expected 32 bits, found {request.priority}")
+        if not 0 <= request.cache_salt < 2**64:
+            raise ValueError(f"cache_salt: expected 0 to 2**64 - 1, found {request.cache_salt}")
+        prompt, stop = _ids("prompt", request.prompt), _ids("stop", request.stop)
+        number = ctypes.c_uint64()
+        LIB_LLAISYS.llaisysEngineSubmit(
+            self._handle(),
+            LlaisysRequest(
+                prompt=_pointer(prompt),
+                nprompt=len(prompt),
+                max_tokens=most or 0,
+                stop=_pointer(stop),
+                nstop=len(stop),
+                ignore_eos=request.ignore_eos,
+                sampling=sampling,
+                priority=request.priority,
+                no_cache=not request.cache,
+                cache_salt=request.cache_salt,
+            ),
+            number,
+        )
+        self._sinks[number.value] = sink
+        return number.value
+
+    def _pump(self, timeout_ms: int) -> int:
+        """Hands events to those who wait for them; returns how many were read.
+
+        Whatever raises on the way, be it a signal, the rest is handed out by the next call.
+        """
+        if self._next == self._count.value:
+            self._next = self._count.value = 0
+            LIB_LLAISYS.llaisysEnginePoll(
+                self._handle(), self._events, EVENTS, timeout_ms, ctypes.byref(self._count)
+            )
+        while self._next < self._count.value:
+            event = self._events[self._next]
+            self._next += 1
+            sink = self._sinks.pop(event.request) if event.finish else self._sinks[event.request]
+            sink(event)
+        return self._count.value
+
+    def _on_readable(self) -> None:
+        while self._pump(0):  # the last, empty one gives ended requests' memory back
+            pass
+        if not self._sinks:
+            self._forget_loop()
+
+    def _forget_loop(self) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.remove_reader(LIB_LLAISYS.llaisysEngineFd(self._engine))
+        self._loop = None
+
+    def _clear_up(self) -> None:
+        """Ends what an ended loop, or a generate interrupted twice, has left behind."""
+        if self._loop is None or self._loop.is_closed():
+            self._loop = None
+            self._cancel_all()
+
+    def _cancel(self, number: int) -> None:
+        if self._engine:
+            LIB_LLAISYS.llaisysEngineCancel(self._engine, number)
+
+    def _cancel_all(self) -> None:
+        """Ends what nobody waits for any more, as after an exception."""
+        if not self._sinks:
+            return
+        for number in self._sinks:
+            self._cancel(number)
+            self._sinks[number] = lambda event: None
+        while self._sinks:
+            self._pump(1000)
+
+
+class Stream:
+    """The tokens of one request as they come, for `async for`, within `async with` if need be.
+
+    answer: what has come so far, with the reason once the request has ended.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.answer = Answer()
+        self._engine = engine
+        self._id = 0
+        self._tokens: deque[int] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def cancel(self) -> None:
+        """Ends the request soon; tokens that have come by then are still given."""
+        if not self.answer.finish:
+            self._engine._cancel(self._id)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> int:
+        while not self._tokens:
+            if self.answer.finish == "error":
+                raise LlaisysError(self.answer.message)
+            if self.answer.finish:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return self._tokens.popleft()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.cancel()
+
+    def _take(self, event: LlaisysEvent) -> None:
+        self._tokens.extend(_take(self.answer, event))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def _take(answer: Answer, event: LlaisysEvent) -> list[int]:
+    """Adds an event to an answer and returns its tokens."""
+    tokens = event.tokens[: event.ntoken]
+    answer.tokens += tokens
+    for name in ("prompt_tokens", "cached_tokens", "preemptions"):
+        setattr(answer, name, getattr(event, name))
+    for name in ("queued_s", "first_token_s", "finished_s"):
+        setattr(answer, name, getattr(event, name))
+    if event.finish:
+        answer.finish = Finish(event.finish).name.lower()
+        answer.message = event.message.decode("utf-8", "replace") if event.message else None
+    return tokens
+
+
+def _ids(name: str, ids: Sequence[int]) -> array[int]:
+    try:
+        return array("q", ids)
+    except OverflowError as error:
+        raise RequestError(f"{name}: expected token ids, found one beyond 64 bits") from error
+
+
+def _pointer(ids: array[int]) -> Any:
+    return ctypes.cast(ids.buffer_info()[0], ctypes.POINTER(ctypes.c_int64))
+
+
+class _Bar:
+    """Progress on standard error: how many answers have ended, and tokens a second."""
+
+    WIDTH, SECONDS = 24, 0.1  # characters; between drawings
+
+    def __init__(self, total: int, show: bool | None) -> None:
+        self.total, self.done, self.tokens = total, 0, 0
+        self._show = sys.stderr.isatty() if show is None else show
+        self._begun = time.monotonic()
+        self._drawn = 0.0
+
+    def draw(self, *, last: bool = False) -> None:
+        now = time.monotonic()
+        if not self._show or (not last and now - self._drawn < self.SECONDS):
+            return
+        self._drawn = now
+        share = self.done / self.total if self.total else 1.0
+        seconds = now - self._begun
+        left = f"{seconds * (1 / share - 1):.0f}s" if share else "?"
+        bar = ("#" * int(share * self.WIDTH)).ljust(self.WIDTH)
+        print(
+            f"\r{share:4.0%}|{bar}| {self.done}/{self.total} "
+            f"[{seconds:.0f}s<{left}, {self.tokens / max(seconds, 1e-9):.0f} tokens/s]\033[K",
+            end="\n" if last else "",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def close(self) -> None:
+        self.draw(last=True)

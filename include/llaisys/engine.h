@@ -1,0 +1,186 @@
+/* engine.h: many requests at once over one model: continuous batching with a KV cache that shares prefixes.
+ *
+ * A request is a prompt in token ids and how to go on. Submit puts it into a bounded queue; a thread of the engine's
+ * own computes all running requests together, step by step; Poll tells of new tokens and of ends. Every request that
+ * was accepted ends with exactly one event whose finish is not NONE, whatever happens: also when it is cancelled, when
+ * the device fails, and when the engine is stopped.
+ *
+ * Tokens of a request depend on its prompt and sampling alone: not on what else runs, on when it came, on the cache, on
+ * chunking or on preemption. On the CPU this holds to the bit.
+ *
+ * Memory: all of it is taken by Open. An answer's tokens are written to memory set aside for its request, and an event
+ * says how far they have come: a request has at most one event waiting, so that a slow poller loses nothing and holds
+ * up nobody; it finds more tokens in one event. An ended request keeps its memory until the call of Poll behind the one
+ * that told of its end: if too many wait for that, Submit refuses new ones.
+ *
+ * Ownership: Open returns an engine that the caller closes. Submit copies what the request points to. What an event
+ * points to belongs to the engine and stays as it is until the next call of Poll.
+ * Threads: all functions may be called from any thread at any time, with two exceptions: one thread polls at a time,
+ * and Close comes when no other call is under way. Errors: functions return enum LlaisysStatus, and
+ * llaisysGetLastError() says what was expected and what was found. Units: tokens are vocabulary ids, times are seconds.
+ * A zeroed field means its default.
+ *
+ * A working example stands at the end. */
+#ifndef LLAISYS_ENGINE_H
+#define LLAISYS_ENGINE_H
+
+#include "models/qwen2.h"
+
+LLAISYS_BEGIN
+
+enum LlaisysStatus {
+    LLAISYS_OK = 0,
+    LLAISYS_INVALID = 1,   /* an argument is wrong */
+    LLAISYS_NO_MEMORY = 2, /* memory could not be had */
+    LLAISYS_IO = 3,        /* the operating system refused a file */
+    LLAISYS_FORMAT = 4,    /* a file's content is wrong */
+    LLAISYS_LIMIT = 5,     /* a prompt longer than the engine's limits allow */
+    LLAISYS_DEVICE = 6,    /* a device is missing or failed */
+    LLAISYS_BUSY = 7,      /* the queue is full, or the time is up: try again later */
+    LLAISYS_CLOSED = 8     /* the engine is draining or stopped: it takes no more requests */
+};
+
+enum LlaisysFinish {
+    LLAISYS_FINISH_NONE = 0,      /* more is to come */
+    LLAISYS_FINISH_STOP = 1,      /* the last token is an end token of the model or one of the request's stop tokens */
+    LLAISYS_FINISH_LENGTH = 2,    /* max_tokens is reached, or the sequence is full */
+    LLAISYS_FINISH_CANCELLED = 3, /* by Cancel */
+    LLAISYS_FINISH_ERROR = 4,     /* the device failed; the event has a message */
+    LLAISYS_FINISH_CLOSED = 5     /* by Stop or Close */
+};
+
+enum { LLAISYS_MAX_STOP = 64 };
+
+struct LlaisysEngineOptions {
+    struct LlaisysQwen2Options model; /* device, dtype, threads; maxseq: tokens of one request, prompt and answer */
+    size_t max_seqs;                  /* requests computed at once; 0: 64 */
+    size_t kv_tokens;  /* tokens of the KV cache over all requests, at least maxseq; 0: max_seqs * maxseq, at most the
+                          larger of 65536 and maxseq */
+    size_t kv_block;   /* tokens of a KV block, a power of two up to 256; 0: 32. Prefixes are shared by whole blocks */
+    size_t max_queue;  /* requests that may wait beside max_seqs that run; 0: 256 */
+    size_t mixed_rows; /* tokens of a step in which a request decodes, max_seqs to the largest step's (the larger of
+                          prefill_chunk and max_seqs): bounds how long answers wait for others' prompts. 0: max_seqs +
+                          64 on the CPU, the largest on a GPU */
+};
+
+struct LlaisysLogitBias {
+    int64_t token;
+    float bias;
+};
+
+/* A request zeroed but for its prompt is answered greedily up to an end token or a full sequence. */
+struct LlaisysRequest {
+    const int64_t *prompt;           /* [nprompt] */
+    size_t nprompt;                  /* 1 to maxseq - 1 */
+    size_t max_tokens;               /* of the answer; 0, or more than there is room for: until the sequence is full */
+    const int64_t *stop;             /* [nstop]: tokens that end the answer, and are part of it */
+    size_t nstop;                    /* at most LLAISYS_MAX_STOP */
+    int ignore_eos;                  /* 1: the model's end tokens do not end the answer */
+    struct LlaisysSampling sampling; /* with temperature 0, top_p may be 0 */
+    /* not there yet: anything but 0 (or 1 for repetition_penalty) is refused */
+    float min_p, repetition_penalty, presence_penalty, frequency_penalty;
+    const struct LlaisysLogitBias *logit_bias; /* [nlogit_bias] */
+    size_t nlogit_bias;
+    int logprobs;
+    /* for the caller and the scheduler */
+    uint64_t tag;        /* comes back in every event */
+    int priority;        /* higher leaves the queue first, always, and gives way last; equal ones by arrival */
+    int no_cache;        /* 1: the prefix cache is neither used nor filled */
+    uint64_t cache_salt; /* requests share cached prefixes only with those of the same salt */
+};
+
+struct LlaisysEvent {
+    uint64_t request, tag;
+    const int64_t *tokens; /* [ntoken]: the answer's new tokens since the request's last event */
+    size_t ntoken;
+    enum LlaisysFinish finish;
+    const char *message; /* of finish ERROR, else NULL */
+    /* usage so far */
+    size_t prompt_tokens, completion_tokens;
+    size_t cached_tokens; /* prompt tokens whose KV was found in the cache */
+    size_t preemptions;   /* how often the request had to be computed again for want of KV blocks */
+    /* seconds since Submit; 0 where it has not happened */
+    double queued_s, first_token_s, finished_s;
+};
+
+struct LlaisysEngineStats {
+    size_t waiting, running; /* requests now */
+    size_t unread;           /* requests with an event to be polled */
+    size_t max_seqs, max_queue, maxseq;
+    size_t kv_block, kv_blocks, kv_free, kv_cached, kv_active; /* free + cached + active = blocks */
+    /* since Open */
+    uint64_t submitted, refused; /* refused: queue full */
+    uint64_t finished[6];        /* by enum LlaisysFinish */
+    uint64_t prompt_tokens;      /* computed or found, of admitted requests that use the cache */
+    uint64_t cached_tokens;      /* of these, found */
+    uint64_t generated_tokens, preemptions, evictions;
+    uint64_t steps, rows;  /* rows: tokens computed, recomputed ones included */
+    double step_s, host_s; /* in steps on the device, and between them while there was work */
+    double host_cpu_s;     /* of host_s, what the engine's thread had a core for */
+};
+
+struct LlaisysEngine;
+
+/* Opens a folder in transformers' format; options may be NULL. NULL on failure. */
+LLAISYS_API struct LlaisysEngine *llaisysEngineOpen(const char *path, const struct LlaisysEngineOptions *options);
+/* As Stop, and frees the engine; events that were not polled are lost. NULL is allowed. */
+LLAISYS_API void llaisysEngineClose(struct LlaisysEngine *engine);
+
+/* Queues a request; *id is its number, never 0 and never used again. BUSY: the queue is full, or too many ended
+ * requests wait for Poll. LIMIT: the prompt is too long. CLOSED: the engine is draining or stopped. */
+LLAISYS_API int llaisysEngineSubmit(struct LlaisysEngine *engine, const struct LlaisysRequest *request, uint64_t *id);
+/* Ends a request soon, with CANCELLED if it has not ended otherwise by then. One that has ended already is no error. */
+LLAISYS_API int llaisysEngineCancel(struct LlaisysEngine *engine, uint64_t id);
+
+/* Waits up to timeout_ms (0: not at all, below 0: without limit) for events and writes at most `capacity` of them, one
+ * a request, the longest waiting first. *count 0: the time is up. CLOSED: the engine is stopped and all has been told.
+ */
+LLAISYS_API int llaisysEnginePoll(struct LlaisysEngine *engine, struct LlaisysEvent *events, size_t capacity,
+                                  int timeout_ms, size_t *count);
+/* A file descriptor, the engine's, that is readable while there are events (and, rarely, when there are none any more),
+ * for poll, epoll and event loops. Only Poll reads it. */
+LLAISYS_API int llaisysEngineFd(const struct LlaisysEngine *engine);
+
+LLAISYS_API void llaisysEngineStats(struct LlaisysEngine *engine, struct LlaisysEngineStats *stats);
+/* The model's dimensions; maxseq is the one in force. */
+LLAISYS_API void llaisysEngineMeta(const struct LlaisysEngine *engine, struct LlaisysQwen2Meta *meta);
+
+/* Takes no more requests from now on and waits until all have ended, up to timeout_ms (as Poll): OK, or BUSY. */
+LLAISYS_API int llaisysEngineDrain(struct LlaisysEngine *engine, int timeout_ms);
+/* Takes no more requests and ends those that have not ended with CLOSED, after the step under way. Poll still tells. */
+LLAISYS_API int llaisysEngineStop(struct LlaisysEngine *engine);
+
+LLAISYS_END
+
+#ifdef LLAISYS_ENGINE_EXAMPLE
+/* Compile with -DLLAISYS_ENGINE_EXAMPLE -x c, or include this file from a .c file: continues two prompts at once. */
+#include <stdio.h>
+
+int main(int argc, char **argv) {
+    const struct LlaisysEngineOptions options = {.model = {.maxseq = 128}, .max_seqs = 8};
+    struct LlaisysEngine *engine = llaisysEngineOpen(argc > 1 ? argv[1] : "models/refrain-mini", &options);
+    if (!engine) return fprintf(stderr, "%s\n", llaisysGetLastError()), 1;
+
+    const int64_t prompts[2][3] = {{1, 2, 3}, {4, 5, 6}};
+    for (uint64_t i = 0; i < 2; i++) {
+        struct LlaisysRequest request = {.prompt = prompts[i], .nprompt = 3, .max_tokens = 20, .tag = i};
+        if (i == 1) request.sampling = (struct LlaisysSampling){.temperature = 0.8f, .top_p = 0.95f, .seed = 7};
+        uint64_t id;
+        if (llaisysEngineSubmit(engine, &request, &id)) return fprintf(stderr, "%s\n", llaisysGetLastError()), 1;
+    }
+    for (int running = 2; running > 0;) {
+        struct LlaisysEvent events[8];
+        size_t count;
+        if (llaisysEnginePoll(engine, events, 8, -1, &count)) break;
+        for (size_t i = 0; i < count; i++) {
+            for (size_t t = 0; t < events[i].ntoken; t++)
+                printf("%d: %lld\n", (int)events[i].tag, (long long)events[i].tokens[t]);
+            running -= events[i].finish != LLAISYS_FINISH_NONE;
+        }
+    }
+    llaisysEngineClose(engine);
+    return 0;
+}
+#endif
+
+#endif
