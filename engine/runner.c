@@ -119,6 +119,24 @@ lla_status lla_runner_ready(struct lla_runner *r) {
     return LLA_OK;
 }
 
+/* What a draw reads beside the logits. */
+static lla_status check_draw(const struct lla_runner *r, const struct lla_step_seq *s) {
+    const size_t vocab = r->graph.dims.vocab, nknown = s->position0 + s->ntoken;
+    const struct lla_sampling_row *how = &s->sampling;
+    LLA_REQUIRE((how->nbias >= 0 && (s->bias || !how->nbias)) && how->nlogprob >= 0 && (s->logprobs || !how->nlogprob),
+                LLA_EINVAL, "%d biases or %d log-probabilities without memory for them", how->nbias, how->nlogprob);
+    for (int32_t i = 0; i < how->nbias; i++)
+        LLA_REQUIRE(s->bias[i].token >= 0 && (size_t)s->bias[i].token < vocab, LLA_EINVAL,
+                    "bias of token %d, expected an id from 0 to %zu", s->bias[i].token, vocab - 1);
+    if (!lla_has_penalty(how)) return LLA_OK;
+    LLA_REQUIRE(s->known && s->nprompt <= nknown, LLA_EINVAL,
+                "penalties need the sequence's %zu tokens, of which %zu would be the prompt's", nknown, s->nprompt);
+    for (size_t i = 0; i < nknown; i++)
+        LLA_REQUIRE(s->known[i] >= 0 && (uint64_t)s->known[i] < vocab, LLA_EINVAL,
+                    "known token %zu is %lld, expected an id from 0 to %zu", i, (long long)s->known[i], vocab - 1);
+    return LLA_OK;
+}
+
 static lla_status check(const struct lla_runner *r, const struct lla_step_seq *seqs, size_t nseq, size_t *rows,
                         size_t *logits) {
     const struct lla_dims *d = &r->graph.dims;
@@ -140,6 +158,7 @@ static lla_status check(const struct lla_runner *r, const struct lla_step_seq *s
         for (size_t b = 0; b < blocks; b++)
             LLA_REQUIRE(s->blocks[b] > 0 && (size_t)s->blocks[b] < plan->nblock, LLA_EINVAL,
                         "KV block %d, expected 1 to %zu", s->blocks[b], plan->nblock - 1);
+        if (s->want_next) LLA_TRY(check_draw(r, s));
         *rows += s->ntoken;
         *logits += s->want_next;
     }
@@ -153,20 +172,81 @@ static lla_status check(const struct lla_runner *r, const struct lla_step_seq *s
     return LLA_OK;
 }
 
-#ifdef LLA_CUDA
-/* The GPU's step takes the largest logit; rows that are sampled are drawn here, from the same logits. */
-static lla_status draw_on_host(struct lla_runner *r, size_t logits) {
-    const struct lla_sampling_row *sampling = (const struct lla_sampling_row *)(r->inputs + r->graph.io.sampling);
-    int32_t *next = (int32_t *)(r->inputs + r->graph.io.next);
-    const size_t vocab = r->graph.dims.vocab, row_bytes = vocab * lla_dtype_size(r->graph.dims.dtype);
-    for (size_t i = 0; i < logits; i++) {
-        if (lla_is_greedy(&sampling[i])) continue;
-        LLA_TRY(lla_exec_cuda_read(r->cuda, r->graph.offset[LLA_B_LOGITS] + i * row_bytes, row_bytes, r->logits_row));
-        next[i] = lla_cpu_draw(r->graph.dims.dtype, vocab, r->logits_row, &sampling[i], r->candidates);
-    }
-    return LLA_OK;
+/* ---- drawing ---- */
+
+struct draws {
+    struct lla_runner *runner;
+    const struct lla_step_seq *seqs;
+    size_t nseq, nthread;
+    lla_status status;
+};
+
+static const struct lla_sampling_row *sampling_rows(const struct lla_runner *r) {
+    return (const struct lla_sampling_row *)(r->inputs + r->graph.io.sampling);
 }
+
+/* The logits of a row, and scratch for a draw: on the CPU where they lie, each row with its own, so that threads can
+ * draw at once; for a GPU one row at a time on the host. */
+static lla_status fetch(struct lla_runner *r, size_t row, const void **logits, struct lla_candidate **scratch) {
+    const size_t vocab = r->graph.dims.vocab, row_bytes = vocab * lla_dtype_size(r->graph.dims.dtype);
+    const size_t offset = r->graph.offset[LLA_B_LOGITS] + row * row_bytes;
+    if (r->arena) {
+        *logits = r->arena + offset;
+        *scratch = (struct lla_candidate *)(r->arena + r->graph.offset[LLA_B_CANDIDATES]) + row * vocab;
+        return LLA_OK;
+    }
+    *logits = r->logits_row;
+    *scratch = r->candidates;
+#ifdef LLA_CUDA
+    return lla_exec_cuda_read(r->cuda, offset, row_bytes, r->logits_row);
+#else
+    return LLA_OK;
 #endif
+}
+
+/* The thread's share of the rows that want more than the largest logit. */
+static void draw_rows(void *arg, size_t rank) {
+    struct draws *d = arg;
+    struct lla_runner *r = d->runner;
+    int32_t *next = (int32_t *)(r->inputs + r->graph.io.next);
+    size_t row = 0, drawn = 0;
+    for (size_t i = 0; i < d->nseq; i++) {
+        const struct lla_step_seq *s = &d->seqs[i];
+        if (!s->want_next) continue;
+        const struct lla_sampling_row *how = &sampling_rows(r)[row];
+        if (!lla_is_plain(how) && drawn++ % d->nthread == rank) {
+            struct lla_draw draw = {.dtype = r->graph.dims.dtype,
+                                    .n = r->graph.dims.vocab,
+                                    .how = how,
+                                    .known = s->known,
+                                    .nknown = s->position0 + s->ntoken,
+                                    .nprompt = s->nprompt,
+                                    .bias = s->bias,
+                                    .logprobs = s->logprobs};
+            const lla_status status = fetch(r, row, &draw.logits, &draw.scratch);
+            if (status)
+                d->status = status; /* one thread alone reads from a GPU */
+            else
+                next[row] = lla_cpu_draw(&draw);
+        }
+        row++;
+    }
+}
+
+/* The program has taken the largest logit of each row; rows that want more are drawn here, from the same logits. */
+static lla_status draw(struct lla_runner *r, const struct lla_step_seq *seqs, size_t nseq, size_t logits) {
+    struct draws d = {.runner = r, .seqs = seqs, .nseq = nseq, .nthread = 1};
+    size_t count = 0;
+    for (size_t i = 0; i < logits; i++) count += !lla_is_plain(&sampling_rows(r)[i]);
+    if (!count) return LLA_OK;
+    if (r->arena && count > 1) {
+        d.nthread = lla_crew_size(r->crew);
+        lla_crew_run(r->crew, draw_rows, &d);
+    } else {
+        draw_rows(&d, 0);
+    }
+    return d.status;
+}
 
 lla_status lla_runner_step(struct lla_runner *r, const struct lla_step_seq *seqs, size_t nseq, int64_t *next) {
     size_t rows, logits;
@@ -199,12 +279,12 @@ lla_status lla_runner_step(struct lla_runner *r, const struct lla_step_seq *seqs
     while (r->programs[bucket].rows < rows || r->programs[bucket].logits < logits) bucket++;
     const struct lla_program *program = &r->programs[bucket];
 #ifdef LLA_CUDA
-    if (r->cuda) {
+    if (r->cuda)
         LLA_TRY(lla_exec_cuda_run(r->cuda, bucket));
-        LLA_TRY(draw_on_host(r, logits));
-    } else
+    else
 #endif
         lla_exec_cpu(program, r->arena, r->crew, 0, program->nnode);
+    LLA_TRY(draw(r, seqs, nseq, logits));
 
     const int32_t *chosen = (const int32_t *)(r->inputs + io->next);
     logit = 0;

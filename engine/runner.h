@@ -16,7 +16,7 @@ struct lla_runner {
     char *arena;                      /* host memory; NULL where the arena lies on a GPU */
     struct lla_exec_cuda *cuda;       /* the GPU's executor; NULL on the CPU */
     char *inputs;                     /* where the host writes the step region: offsets of the arena apply */
-    struct lla_candidate *candidates; /* [vocab], for tokens that are drawn on the host */
+    struct lla_candidate *candidates; /* [vocab], for tokens that are drawn on the host for a GPU */
     void *logits_row;                 /* [vocab], likewise */
     struct lla_crew *crew;
     struct lla_program programs[LLA_MAX_BUCKETS]; /* by rows, ascending */
@@ -34,6 +34,11 @@ struct lla_step_seq {
     const int32_t *blocks;            /* KV blocks of positions 0 .. position0 + ntoken - 1 */
     bool want_next;                   /* the token behind the last one */
     struct lla_sampling_row sampling; /* position is filled in */
+    /* where `sampling` asks for them */
+    const int64_t *known;           /* [position0 + ntoken]: the sequence from its beginning, for penalties */
+    size_t nprompt;                 /* of these, the prompt's */
+    const struct lla_bias *bias;    /* [sampling.nbias] */
+    struct lla_candidate *logprobs; /* [sampling.nlogprob], written by the step: as struct lla_draw */
 };
 
 /* nthread 0: one CPU thread a core. */

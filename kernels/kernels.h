@@ -43,10 +43,15 @@ struct lla_step_header {
     int32_t nlogit; /* rows whose next token is wanted, L */
 };
 
+/* How a row's next token is chosen; struct lla_draw has the formulas. Zeroed: the largest logit. */
 struct lla_sampling_row {
     float temperature; /* 0: greedy */
-    float top_p;
+    float top_p, min_p;
+    float repetition; /* 0 or 1: none */
+    float presence, frequency;
     int32_t top_k;    /* 0: all */
+    int32_t nbias;    /* tokens with a bias */
+    int32_t nlogprob; /* log-probabilities wanted: 0, or the chosen token's and the nlogprob - 1 largest */
     int32_t position; /* of the row that predicts; the random number's counter */
     uint64_t seed;
 };
@@ -102,8 +107,9 @@ struct lla_head_args {
     size_t x, norm, w, normed, logits;
 };
 
-/* next [L]: the greedy token (first of equals), or sampled as struct LlaisysSampling says. candidates: scratch
- * struct lla_candidate [max_seqs, vocab]. */
+/* next [L]: the largest logit's token, the first of equals; NaN counts as largest. Rows that want more (lla_is_plain)
+ * are drawn behind the program, by lla_cpu_draw on either device. candidates: scratch struct lla_candidate [max_seqs,
+ * vocab]. */
 struct lla_candidate {
     float value;
     int32_t token;
@@ -149,14 +155,61 @@ struct lla_team {
 LLA_NODE_OPS(X)
 #undef X
 
-/* Whether a row takes the largest logit. */
+/* ---- choosing a token ---- */
+
+/* Whether a row takes the largest value. */
 static inline bool lla_is_greedy(const struct lla_sampling_row *s) {
     return s->temperature <= 0 || s->top_k == 1;
 }
 
-/* The sampled token of one row of logits [n]; candidates: scratch [n]. */
-int32_t lla_cpu_draw(llaisysDataType_t dtype, size_t n, const void *logits, const struct lla_sampling_row *s,
-                     struct lla_candidate *candidates);
+static inline bool lla_has_penalty(const struct lla_sampling_row *s) {
+    return (s->repetition != 0 && s->repetition != 1) || s->presence != 0 || s->frequency != 0;
+}
+
+/* Whether the largest logit is all that a row wants: no draw then. */
+static inline bool lla_is_plain(const struct lla_sampling_row *s) {
+    return lla_is_greedy(s) && !lla_has_penalty(s) && !s->nbias && !s->nlogprob;
+}
+
+struct lla_bias {
+    int32_t token;
+    float bias; /* -INFINITY bans the token */
+};
+
+/* A weight of 1 as an integer. */
+enum { LLA_WEIGHT_BITS = 40 };
+
+/* One row's token, in f32, by token t of n, in this order:
+ *
+ *     v = logit[t] + bias[t]                                    several of one token add up
+ *     v = v > 0 ? v / repetition : v * repetition               t in prompt or answer
+ *     v = v - count * frequency - presence                      count > 0 of t in the answer
+ *     greedy: the largest v, the first of equals
+ *     w = floor(2^40 e^((v - max v) / temperature))             w = 0 for what is rarer than 2^-40 of the likeliest
+ *     top_k: the k largest v
+ *     top_p: of these the fewest largest whose w reach top_p of all theirs, at least one
+ *     min_p: of these, those with w >= min_p 2^40
+ *     random = Philox4x32-10(seed, position); the first t with sum of w up to t > floor(random / 2^32 * sum of w)
+ *
+ * Of equal v the smaller token comes first throughout. Where the largest v is NaN or infinite, its first token is
+ * taken. Log-probabilities are those of the model: logit[t] - log(sum of e^logit), before all of the above; NaN where a
+ * logit is NaN or the largest infinite.
+ *
+ * Sums are of integers: they have no order, so that neither the instruction set nor, on a GPU, the blocks that share a
+ * row change a token. What a GPU's twin needs beside the sampling rows is the known tokens by slot, in the arena; its
+ * bins would be summed by integer atomics. */
+struct lla_draw {
+    llaisysDataType_t dtype;
+    size_t n;
+    const void *logits; /* [n] */
+    const struct lla_sampling_row *how;
+    const int64_t *known;           /* [nknown]: prompt and answer, ids below n; read only where there is a penalty */
+    size_t nknown, nprompt;         /* nprompt <= nknown */
+    const struct lla_bias *bias;    /* [how->nbias], ids below n */
+    struct lla_candidate *scratch;  /* [n] */
+    struct lla_candidate *logprobs; /* [how->nlogprob], out: the chosen token's, then the largest; token -1 beyond n */
+};
+int32_t lla_cpu_draw(const struct lla_draw *draw);
 
 /* The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable". Chosen at the first call by what the CPU
  * has, or by the environment variable LLAISYS_CPU_ISA, for diagnosis. */

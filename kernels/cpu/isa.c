@@ -15,6 +15,7 @@
     void lla_attention_##isa(const struct lla_attention *);                                                            \
     void lla_attention_split_##isa(const struct lla_attention *, size_t, float *);                                     \
     void lla_attention_merge_##isa(const struct lla_attention *, size_t, const float *, size_t);                       \
+    int32_t lla_draw_##isa(const struct lla_draw *);                                                                   \
     float lla_read_##isa(const float *, size_t);                                                                       \
     double lla_peak_##isa(llaisysDataType_t, size_t);                                                                  \
     static const struct lla_isa isa = {                                                                                \
@@ -29,6 +30,7 @@
         .attention = lla_attention_##isa,                                                                              \
         .attention_split = lla_attention_split_##isa,                                                                  \
         .attention_merge = lla_attention_merge_##isa,                                                                  \
+        .draw = lla_draw_##isa,                                                                                        \
         .read = lla_read_##isa,                                                                                        \
         .peak = lla_peak_##isa,                                                                                        \
     };

@@ -1,7 +1,7 @@
 /* isa.h: the primitives that are compiled once per instruction set, and the table through which they are called.
  *
- * kernels/cpu/{linear,rows,attention}.c are compiled for each instruction set with LLA_ISA set to its name; everything
- * else calls them through lla_isa(). Buffers are dense unless a stride is given; strides count elements. */
+ * kernels/cpu/{linear,rows,attention,draw}.c are compiled for each instruction set with LLA_ISA set to its name;
+ * everything else calls them through lla_isa(). Buffers are dense unless a stride is given; strides count elements. */
 #ifndef LLA_CPU_ISA_H
 #define LLA_CPU_ISA_H
 
@@ -64,6 +64,8 @@ struct lla_isa {
     void (*attention_split)(const struct lla_attention *args, size_t split, float *partial);
     /* out = round of `nsplit` partials, partial s at partial + s * stride floats, merged in order. */
     void (*attention_merge)(const struct lla_attention *args, size_t nsplit, const float *partial, size_t stride);
+    /* As lla_cpu_draw; the same token and bits in every instruction set. */
+    int32_t (*draw)(const struct lla_draw *args);
     /* Sum of n floats read as fast as they come: the plain-read ceiling of the benchmark. */
     float (*read)(const float *x, size_t n);
     /* Runs `iterations` dot-product instructions on each of 16 accumulators; returns the multiply-adds done. */

@@ -193,3 +193,20 @@ void lla_cpu_head(const struct lla_ctx *ctx, const struct lla_head_args *args, s
                                 .out = ctx->arena + args->logits},
            team);
 }
+
+void lla_cpu_sample(const struct lla_ctx *ctx, const struct lla_sample_args *args, struct lla_team team) {
+    const struct lla_dims *d = ctx->dims;
+    const struct lla_sampling_row *sampling = (const struct lla_sampling_row *)(ctx->arena + ctx->io->sampling);
+    int32_t *next = (int32_t *)(ctx->arena + ctx->io->next);
+    size_t lo, hi;
+    lla_share((size_t)header(ctx)->nlogit, 1, team, &lo, &hi);
+    for (size_t r = lo; r < hi; r++) {
+        if (!lla_is_plain(&sampling[r])) continue; /* drawn behind the program */
+        const void *logits = ctx->arena + args->logits + r * d->vocab * element(ctx);
+        next[r] = (int32_t)lla_isa()->argmax(d->dtype, d->vocab, logits);
+    }
+}
+
+int32_t lla_cpu_draw(const struct lla_draw *draw) {
+    return lla_isa()->draw(draw);
+}

@@ -150,6 +150,19 @@ static void copy_inputs(char *to, const char *from) {
     }
 }
 
+/* What the runner draws behind the program: tokens of rows that are not plain, and the draws' scratch. */
+static void copy_drawn(char *to, const char *from, size_t logits) {
+    const struct lla_graph *g = &runner.graph;
+    const struct lla_sampling_row *how = (const struct lla_sampling_row *)(from + g->io.sampling);
+    const size_t scratch = g->dims.vocab * sizeof(struct lla_candidate);
+    for (size_t r = 0; r < logits; r++) {
+        if (lla_is_plain(&how[r])) continue;
+        memcpy(to + g->io.next + 4 * r, from + g->io.next + 4 * r, 4);
+        memcpy(to + g->offset[LLA_B_CANDIDATES] + r * scratch, from + g->offset[LLA_B_CANDIDATES] + r * scratch,
+               scratch);
+    }
+}
+
 /* Runs the step that has just run again, node by node from the memory before it, in the smallest bucket or another. */
 static void check_replay(char *before, size_t rows, size_t logits, struct rng *rng) {
     const size_t total = runner.graph.plan.total;
@@ -160,6 +173,7 @@ static void check_replay(char *before, size_t rows, size_t logits, struct rng *r
         memcpy(again, before, total);
         copy_inputs(again, runner.arena);
         for (size_t i = 0; i < p->nnode; i++) lla_exec_cpu(p, again, crews[rng_range(rng, 1, 3)], i, i + 1);
+        copy_drawn(again, runner.arena, logits);
         if (memcmp(again, runner.arena, total)) HARNESS_FAIL("node by node in the bucket of %zu rows differs", p->rows);
     }
     free(again);
