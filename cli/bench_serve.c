@@ -96,7 +96,9 @@ static lla_status open_engine(struct serve_options *o, struct serve_request *req
         free(runner);
         return status;
     }
-    LLA_TRY(lla_engine_create_over(runner, o->requests < 65536 ? o->requests : 65536, o->mixed_rows, engine));
+    const struct LlaisysEngineOptions options = {
+        .max_queue = o->requests < 65536 ? o->requests : 65536, .mixed_rows = o->mixed_rows, .max_logprobs = -1};
+    LLA_TRY(lla_engine_create_over(runner, &options, engine));
     o->mixed_rows = (*engine)->scheduler.config.mixed_rows;
     return LLA_OK;
 }

@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <math.h>
 #include <poll.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -60,6 +61,8 @@ void llaisysEngineClose(struct LlaisysEngine *e) {
     lla_scheduler_destroy(&e->scheduler);
     free(e->requests);
     free(e->tokens);
+    free(e->biases);
+    free(e->logprobs);
     free(e->blocks);
     free(e->ring);
     free(e->chosen);
@@ -75,11 +78,15 @@ static lla_status allocate(struct LlaisysEngine *e, const struct lla_engine_conf
     e->nrequest = config->max_queue + 2 * c->max_seqs; /* running, waiting, and ended ones that are not polled yet */
     e->requests = calloc(e->nrequest, sizeof *e->requests);
     e->tokens = calloc(e->nrequest * c->max_seq, sizeof *e->tokens);
+    e->biases = calloc(e->nrequest * LLAISYS_MAX_LOGIT_BIAS, sizeof *e->biases);
+    e->logprobs = calloc(e->nrequest * c->max_seq, (1 + e->max_logprobs) * sizeof *e->logprobs);
     e->blocks = calloc(e->nrequest * max_blocks, sizeof *e->blocks);
     e->ring = calloc(e->nrequest, sizeof(struct lla_request *));
     e->chosen = calloc(c->max_seqs, sizeof *e->chosen);
-    LLA_REQUIRE(e->requests && e->tokens && e->blocks && e->ring && e->chosen, LLA_ENOMEM,
-                "no memory for %zu requests of %zu tokens", e->nrequest, c->max_seq);
+    LLA_REQUIRE(e->requests && e->tokens && e->biases && e->logprobs && e->blocks && e->ring && e->chosen, LLA_ENOMEM,
+                "no memory for %zu requests of %zu tokens with %zu log-probabilities each: lower max_seqs, max_queue, "
+                "maxseq or max_logprobs",
+                e->nrequest, c->max_seq, 1 + e->max_logprobs);
     for (size_t i = 0; i < e->nrequest; i++) {
         e->requests[i].seq.tokens = e->tokens + i * c->max_seq;
         e->requests[i].seq.kv.blocks = e->blocks + i * max_blocks;
@@ -98,6 +105,7 @@ lla_status lla_engine_create(const struct lla_engine_config *config, struct lla_
     *e = (struct LlaisysEngine){.executor = executor,
                                 .vocab = config->vocab,
                                 .max_seq = c->max_seq,
+                                .max_logprobs = config->max_logprobs,
                                 .fd = -1,
                                 .max_under_way = c->max_seqs + config->max_queue};
     pthread_condattr_t monotonic;
@@ -138,10 +146,11 @@ static lla_status run_step(void *runner, const struct lla_step *step, int64_t *n
     return lla_runner_step(runner, step->seqs, step->nseq, next);
 }
 
-lla_status lla_engine_create_over(struct lla_runner *runner, size_t max_queue, size_t mixed_rows,
+lla_status lla_engine_create_over(struct lla_runner *runner, const struct LlaisysEngineOptions *o,
                                   struct LlaisysEngine **out) {
     const struct lla_plan *plan = &runner->graph.plan;
     const struct lla_dims *d = &runner->graph.dims;
+    size_t mixed_rows = o->mixed_rows;
     if (!mixed_rows) mixed_rows = plan->limits.device == LLAISYS_DEVICE_CPU ? d->max_seqs + 64 : d->max_rows;
     const struct lla_engine_config config = {
         .scheduler = {.max_seqs = d->max_seqs,
@@ -153,7 +162,10 @@ lla_status lla_engine_create_over(struct lla_runner *runner, size_t max_queue, s
                       .eos = plan->spec.eos,
                       .neos = plan->spec.neos},
         .vocab = plan->spec.vocab,
-        .max_queue = max_queue ? max_queue : 256};
+        .max_queue = o->max_queue ? o->max_queue : 256,
+        .max_logprobs = o->max_logprobs < 0 ? 0
+                        : o->max_logprobs   ? (size_t)o->max_logprobs
+                                            : LLAISYS_MAX_LOGPROBS};
     const lla_status status = lla_engine_create(&config, (struct lla_executor){.wait = run_step, .arg = runner}, out);
     if (status)
         free_runner(runner);
@@ -182,6 +194,8 @@ static lla_status open_engine(const char *path, const struct LlaisysEngineOption
     struct lla_spec spec;
     struct lla_limits limits;
     struct lla_checkpoint *checkpoint = NULL;
+    LLA_REQUIRE(o->max_logprobs >= -1 && o->max_logprobs <= LLAISYS_MAX_LOGPROBS, LLA_EINVAL,
+                "max_logprobs is %d, expected -1 to %d", o->max_logprobs, LLAISYS_MAX_LOGPROBS);
     LLA_TRY(lla_open_check(m->device, m->device_ids, m->ndevice ? m->ndevice : 1));
     LLA_TRY(lla_open_resolve(path, m, &spec, &limits, &checkpoint));
     lla_status status = choose_limits(&spec, o, &limits);
@@ -196,7 +210,7 @@ static lla_status open_engine(const char *path, const struct LlaisysEngineOption
     if (status)
         free_runner(runner);
     else
-        status = lla_engine_create_over(runner, o->max_queue, o->mixed_rows, out);
+        status = lla_engine_create_over(runner, o, out);
     return status ? lla_fail_in(status, "%s", path) : LLA_OK;
 }
 
@@ -209,27 +223,47 @@ struct LlaisysEngine *llaisysEngineOpen(const char *path, const struct LlaisysEn
 
 /* ---- submit ---- */
 
-static lla_status check_sampling(const struct LlaisysRequest *q) {
+/* NaN is in no range. */
+static lla_status check_range(const char *name, float value, float least, float most) {
+    LLA_REQUIRE(value >= least && value <= most, LLA_EINVAL, "%s is %g, expected %g to %g", name, (double)value,
+                (double)least, (double)most);
+    return LLA_OK;
+}
+
+static lla_status check_bias(const struct LlaisysEngine *e, const struct LlaisysRequest *q) {
+    LLA_REQUIRE(q->nlogit_bias <= LLAISYS_MAX_LOGIT_BIAS && (q->logit_bias || !q->nlogit_bias), LLA_EINVAL,
+                "%zu tokens with a logit_bias, expected at most %d", q->nlogit_bias, LLAISYS_MAX_LOGIT_BIAS);
+    for (size_t i = 0; i < q->nlogit_bias; i++) {
+        const struct LlaisysLogitBias *b = &q->logit_bias[i];
+        LLA_REQUIRE(b->token >= 0 && (uint64_t)b->token < e->vocab, LLA_EINVAL,
+                    "logit_bias of token %lld, expected an id from 0 to %zu", (long long)b->token, e->vocab - 1);
+        LLA_REQUIRE((b->bias >= -100 && b->bias <= 100) || b->bias == -INFINITY, LLA_EINVAL,
+                    "logit_bias of token %lld is %g, expected -100 to 100 or -infinity", (long long)b->token,
+                    (double)b->bias);
+    }
+    return LLA_OK;
+}
+
+static lla_status check_sampling(const struct LlaisysEngine *e, const struct LlaisysRequest *q) {
     const struct LlaisysSampling *s = &q->sampling;
     LLA_REQUIRE(s->temperature >= 0 && isfinite(s->temperature), LLA_EINVAL,
                 "temperature is %g, expected a finite number from 0", (double)s->temperature);
     LLA_REQUIRE(s->top_k >= 0, LLA_EINVAL, "top_k is %d, expected 0 or more", s->top_k);
     LLA_REQUIRE((s->top_p > 0 && s->top_p <= 1) || (s->top_p == 0 && s->temperature == 0), LLA_EINVAL,
                 "top_p is %g, expected above 0 and at most 1", (double)s->top_p);
-    const struct {
-        const char *name;
-        double value, neutral;
-    } absent[] = {{"min_p", (double)q->min_p, 0},
-                  {"repetition_penalty", (double)q->repetition_penalty, 1},
-                  {"presence_penalty", (double)q->presence_penalty, 0},
-                  {"frequency_penalty", (double)q->frequency_penalty, 0},
-                  {"nlogit_bias", (double)q->nlogit_bias, 0},
-                  {"logprobs", q->logprobs, 0}};
-    for (size_t i = 0; i < sizeof absent / sizeof *absent; i++)
-        LLA_REQUIRE(absent[i].value == 0 || absent[i].value == absent[i].neutral, LLA_EINVAL,
-                    "%s is %g, which this engine does not support yet: expected %g", absent[i].name, absent[i].value,
-                    absent[i].neutral);
-    return LLA_OK;
+    LLA_TRY(check_range("min_p", q->min_p, 0, 1));
+    LLA_TRY(check_range("presence_penalty", q->presence_penalty, -2, 2));
+    LLA_TRY(check_range("frequency_penalty", q->frequency_penalty, -2, 2));
+    LLA_REQUIRE(q->repetition_penalty >= 0 && isfinite(q->repetition_penalty), LLA_EINVAL,
+                "repetition_penalty is %g, expected a finite number above 0, or 0 for none",
+                (double)q->repetition_penalty);
+    LLA_REQUIRE(q->logprobs == 0 || q->logprobs == 1, LLA_EINVAL, "logprobs is %d, expected 0 or 1", q->logprobs);
+    LLA_REQUIRE(q->top_logprobs >= 0 && (size_t)q->top_logprobs <= e->max_logprobs, LLA_EINVAL,
+                "top_logprobs is %d, expected 0 to %zu, with which this engine was opened", q->top_logprobs,
+                e->max_logprobs);
+    LLA_REQUIRE(q->logprobs || !q->top_logprobs, LLA_EINVAL, "top_logprobs is %d, but logprobs is 0, expected 1",
+                q->top_logprobs);
+    return check_bias(e, q);
 }
 
 static lla_status check_ids(const struct LlaisysEngine *e, const char *what, const int64_t *ids, size_t n) {
@@ -248,7 +282,7 @@ static lla_status check_request(const struct LlaisysEngine *e, const struct Llai
                 "%zu stop tokens, expected at most %d", q->nstop, LLAISYS_MAX_STOP);
     LLA_TRY(check_ids(e, "prompt", q->prompt, q->nprompt));
     LLA_TRY(check_ids(e, "stop", q->stop, q->nstop));
-    return check_sampling(q);
+    return check_sampling(e, q);
 }
 
 /* Under the lock. */
@@ -275,21 +309,35 @@ static lla_status reserve(struct LlaisysEngine *e, struct lla_request **out) {
 /* Without the lock: nobody else looks at a request that is not live. */
 static void fill(const struct LlaisysEngine *e, const struct LlaisysRequest *q, struct lla_request *r) {
     const struct LlaisysSampling *p = &q->sampling;
-    const size_t room = e->max_seq - q->nprompt;
-    r->seq = (struct lla_seq){
-        .tokens = r->seq.tokens,
-        .nprompt = q->nprompt,
-        .limit = q->nprompt + (q->max_tokens && q->max_tokens < room ? q->max_tokens : room),
-        .stops = r->stops,
-        .nstop = q->nstop,
-        .ignore_eos = q->ignore_eos != 0,
-        .priority = q->priority,
-        .sampling = {.temperature = p->temperature, .top_p = p->top_p, .top_k = p->top_k, .seed = p->seed},
-        .kv = {.blocks = r->seq.kv.blocks, .salt = q->cache_salt, .is_private = q->no_cache != 0}};
+    const size_t room = e->max_seq - q->nprompt, place = (size_t)(r - e->requests);
+    struct lla_bias *bias = e->biases + place * LLAISYS_MAX_LOGIT_BIAS;
+    r->seq =
+        (struct lla_seq){.tokens = r->seq.tokens,
+                         .nprompt = q->nprompt,
+                         .limit = q->nprompt + (q->max_tokens && q->max_tokens < room ? q->max_tokens : room),
+                         .stops = r->stops,
+                         .nstop = q->nstop,
+                         .ignore_eos = q->ignore_eos != 0,
+                         .priority = q->priority,
+                         .sampling = {.temperature = p->temperature,
+                                      .top_p = p->top_p,
+                                      .min_p = q->min_p,
+                                      .repetition = q->repetition_penalty,
+                                      .presence = q->presence_penalty,
+                                      .frequency = q->frequency_penalty,
+                                      .top_k = p->top_k,
+                                      .nbias = (int32_t)q->nlogit_bias,
+                                      .nlogprob = q->logprobs ? 1 + q->top_logprobs : 0,
+                                      .seed = p->seed},
+                         .bias = bias,
+                         .logprobs = e->logprobs + place * e->max_seq * (1 + e->max_logprobs),
+                         .kv = {.blocks = r->seq.kv.blocks, .salt = q->cache_salt, .is_private = q->no_cache != 0}};
     r->tag = q->tag;
     r->submitted_ns = lla_now_ns();
     r->news = (struct lla_news){0};
     memcpy(r->seq.tokens, q->prompt, q->nprompt * sizeof *q->prompt);
+    for (size_t i = 0; i < q->nlogit_bias; i++)
+        bias[i] = (struct lla_bias){(int32_t)q->logit_bias[i].token, q->logit_bias[i].bias};
     if (q->nstop) memcpy(r->stops, q->stop, q->nstop * sizeof *q->stop);
 }
 
@@ -347,6 +395,17 @@ static double since(const struct lla_request *r, int64_t ns) {
     return ns ? 1e-9 * (double)(ns - r->submitted_ns) : 0;
 }
 
+_Static_assert(sizeof(struct LlaisysLogprob) == sizeof(struct lla_candidate) &&
+                   offsetof(struct LlaisysLogprob, logprob) == offsetof(struct lla_candidate, value) &&
+                   offsetof(struct LlaisysLogprob, token) == offsetof(struct lla_candidate, token),
+               "the draw writes what events point to");
+
+/* Of the answer's tokens from `first` on. */
+static const struct LlaisysLogprob *logprobs_of(const struct lla_request *r, size_t first) {
+    const size_t n = (size_t)r->seq.sampling.nlogprob;
+    return n ? (const struct LlaisysLogprob *)(r->seq.logprobs + first * n) : NULL;
+}
+
 /* Under the lock: the news of up to `capacity` requests. */
 static size_t collect(struct LlaisysEngine *e, struct LlaisysEvent *events, size_t capacity) {
     while (e->told.first) { /* what the last poll returned has been read by now */
@@ -364,6 +423,8 @@ static size_t collect(struct LlaisysEngine *e, struct LlaisysEvent *events, size
                                           .tag = r->tag,
                                           .tokens = r->seq.tokens + r->seq.nprompt + r->news.delivered,
                                           .ntoken = r->news.published - r->news.delivered,
+                                          .logprobs = logprobs_of(r, r->news.delivered),
+                                          .nlogprob = (size_t)r->seq.sampling.nlogprob,
                                           .finish = r->news.finish,
                                           .message = r->news.finish == LLAISYS_FINISH_ERROR ? e->failure : NULL,
                                           .prompt_tokens = r->seq.nprompt,

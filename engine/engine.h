@@ -54,7 +54,11 @@ struct LlaisysEngine {
     size_t max_under_way;         /* requests running or waiting */
     struct lla_request *requests; /* [nrequest] */
     size_t nrequest;
-    int64_t *tokens; /* [nrequest, max_seq] */
+    int64_t *tokens;                /* [nrequest, max_seq] */
+    struct lla_bias *biases;        /* [nrequest, LLAISYS_MAX_LOGIT_BIAS] */
+    struct lla_candidate *logprobs; /* [nrequest, max_seq, 1 + max_logprobs]; a request uses 1 + top_logprobs of these a
+                                       token, close together */
+    size_t max_logprobs;
     int32_t *blocks; /* [nrequest, blocks of a sequence] */
     /* the loop's */
     struct lla_scheduler scheduler;
@@ -82,14 +86,16 @@ struct LlaisysEngine {
 struct lla_engine_config {
     struct lla_scheduler_config scheduler;
     size_t vocab, max_queue;
+    size_t max_logprobs; /* alternatives that a request may have with each token */
 };
 
 /* An engine over an executor, its thread started. */
 lla_status lla_engine_create(const struct lla_engine_config *config, struct lla_executor executor,
                              struct LlaisysEngine **out);
 
-/* An engine over a runner with its weights, which it owns from now on, also where this fails. */
-lla_status lla_engine_create_over(struct lla_runner *runner, size_t max_queue, size_t mixed_rows,
+/* An engine over a runner with its weights, which it owns from now on, also where this fails. Of the options, those
+ * that the runner does not embody. */
+lla_status lla_engine_create_over(struct lla_runner *runner, const struct LlaisysEngineOptions *options,
                                   struct LlaisysEngine **out);
 
 /* ---- loop.c ---- */

@@ -231,17 +231,23 @@ static void add_rows(struct lla_step *step, struct lla_seq *seq) {
         step->feed[i] = (int32_t)seq->place;
         seq->tokens[seq->computed] = -1;
     }
+    const size_t end = seq->computed + seq->grant; /* where the next token will stand */
     step->seqs[i] = (struct lla_step_seq){.slot = seq->slot,
                                           .tokens = seq->tokens + seq->computed,
                                           .ntoken = seq->grant,
                                           .position0 = seq->computed,
                                           .blocks = seq->kv.blocks,
                                           .want_next = seq->grant == tokens_left(seq),
-                                          .sampling = seq->sampling};
+                                          .sampling = seq->sampling,
+                                          .known = seq->tokens,
+                                          .nprompt = seq->nprompt,
+                                          .bias = seq->bias};
+    if (end >= seq->nprompt && seq->sampling.nlogprob)
+        step->seqs[i].logprobs = seq->logprobs + (end - seq->nprompt) * (size_t)seq->sampling.nlogprob;
     step->who[i] = seq;
     step->rows += seq->grant;
     seq->place = i;
-    seq->computed += seq->grant;
+    seq->computed = end;
     seq->pending += step->seqs[i].want_next;
 }
 

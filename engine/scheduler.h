@@ -48,7 +48,9 @@ struct lla_seq {
     bool ignore_eos;
     int priority; /* higher goes first */
     struct lla_sampling_row sampling;
-    struct lla_kvseq kv; /* with room for max_blocks blocks */
+    const struct lla_bias *bias;    /* [sampling.nbias] */
+    struct lla_candidate *logprobs; /* [limit - nprompt, sampling.nlogprob]: of the answer's tokens, by steps */
+    struct lla_kvseq kv;            /* with room for max_blocks blocks */
     /* the scheduler's */
     enum lla_seq_state state;
     enum LlaisysFinish finish; /* once ended */

@@ -49,7 +49,7 @@ enum LlaisysFinish {
     LLAISYS_FINISH_CLOSED = 5     /* by Stop or Close */
 };
 
-enum { LLAISYS_MAX_STOP = 64 };
+enum { LLAISYS_MAX_STOP = 64, LLAISYS_MAX_LOGIT_BIAS = 1024, LLAISYS_MAX_LOGPROBS = 20 };
 
 struct LlaisysEngineOptions {
     struct LlaisysQwen2Options model; /* device, dtype, threads; maxseq: tokens of one request, prompt and answer */
@@ -61,14 +61,31 @@ struct LlaisysEngineOptions {
     size_t mixed_rows; /* tokens of a step in which a request decodes, max_seqs to the largest step's (the larger of
                           prefill_chunk and max_seqs): bounds how long answers wait for others' prompts. 0: max_seqs +
                           64 on the CPU, the largest on a GPU */
+    int max_logprobs;  /* top_logprobs that a request may ask for, up to LLAISYS_MAX_LOGPROBS; 0: that many; -1: none.
+                          8 (1 + max_logprobs) bytes are set aside for each token that a request can have, as address
+                          space that only requests with logprobs fill */
 };
 
 struct LlaisysLogitBias {
     int64_t token;
-    float bias;
+    float bias; /* -100 to 100, or -INFINITY, which bans the token */
 };
 
-/* A request zeroed but for its prompt is answered greedily up to an end token or a full sequence. */
+/* How likely the model found a token: the natural logarithm of its probability under the model's own distribution, that
+ * is softmax of the logits before bias, penalties, temperature and filters. -INFINITY where the logit is; NaN where the
+ * model's numbers have failed (a logit is NaN, or the largest is infinite). */
+struct LlaisysLogprob {
+    float logprob;
+    int32_t token; /* -1 behind the last token of a vocabulary smaller than top_logprobs */
+};
+
+/* A request zeroed but for its prompt is answered greedily up to an end token or a full sequence.
+ *
+ * A token is chosen from the logits in this order, as in transformers and vLLM: logit_bias is added; repetition_penalty
+ * divides positive and multiplies other logits of the tokens in prompt and answer; frequency_penalty times how often a
+ * token stands in the answer, and presence_penalty if it does, are subtracted. Then the largest is taken, or, with a
+ * temperature: logits / temperature, the top_k largest, the fewest of these that reach top_p of the probability, and of
+ * these those at least min_p times as probable as the most probable. kernels/kernels.h has the formulas. */
 struct LlaisysRequest {
     const int64_t *prompt;           /* [nprompt] */
     size_t nprompt;                  /* 1 to maxseq - 1 */
@@ -77,11 +94,14 @@ struct LlaisysRequest {
     size_t nstop;                    /* at most LLAISYS_MAX_STOP */
     int ignore_eos;                  /* 1: the model's end tokens do not end the answer */
     struct LlaisysSampling sampling; /* with temperature 0, top_p may be 0 */
-    /* not there yet: anything but 0 (or 1 for repetition_penalty) is refused */
-    float min_p, repetition_penalty, presence_penalty, frequency_penalty;
-    const struct LlaisysLogitBias *logit_bias; /* [nlogit_bias] */
-    size_t nlogit_bias;
-    int logprobs;
+    float min_p;                     /* 0 to 1; 0: none */
+    float repetition_penalty;        /* above 0; 0 and 1: none */
+    float presence_penalty;          /* -2 to 2; 0: none */
+    float frequency_penalty;         /* -2 to 2; 0: none */
+    const struct LlaisysLogitBias *logit_bias; /* [nlogit_bias]; several for one token add up */
+    size_t nlogit_bias;                        /* at most LLAISYS_MAX_LOGIT_BIAS */
+    int logprobs;                              /* 1: events tell log-probabilities */
+    int top_logprobs; /* with logprobs, also those of this many most probable tokens; up to the engine's max_logprobs */
     /* for the caller and the scheduler */
     uint64_t tag;        /* comes back in every event */
     int priority;        /* higher leaves the queue first, always, and gives way last; equal ones by arrival */
@@ -93,6 +113,10 @@ struct LlaisysEvent {
     uint64_t request, tag;
     const int64_t *tokens; /* [ntoken]: the answer's new tokens since the request's last event */
     size_t ntoken;
+    /* [ntoken, nlogprob]: of each token, its own log-probability, then those of the top_logprobs most probable tokens
+     * from the highest, the smaller token first of equals. NULL where the request does not ask. */
+    const struct LlaisysLogprob *logprobs;
+    size_t nlogprob; /* 1 + top_logprobs, or 0 */
     enum LlaisysFinish finish;
     const char *message; /* of finish ERROR, else NULL */
     /* usage so far */

@@ -61,6 +61,8 @@ static inline lla_status fake_run(void *arg, const struct lla_step_seq *seqs, si
         }
         d->rows += s->ntoken;
         next[i] = s->want_next ? fake_next(d, h, &s->sampling) : -1;
+        for (int32_t k = 0; s->want_next && k < s->sampling.nlogprob; k++)
+            s->logprobs[k] = (struct lla_candidate){-(float)k, (int32_t)next[i] + k};
     }
     return LLA_OK;
 }

@@ -167,7 +167,7 @@ static struct LlaisysEngine *make_engine(void) {
     struct LlaisysEngine *e = NULL;
     CHECK_INT(lla_runner_create(&spec, &limits, (struct lla_shard){0, 1}, 0, 2, runner), LLA_OK);
     fill_weights(&runner->graph, runner->arena, 3);
-    CHECK_INT(lla_engine_create_over(runner, 16, 0, &e), LLA_OK);
+    CHECK_INT(lla_engine_create_over(runner, &(struct LlaisysEngineOptions){.max_queue = 16}, &e), LLA_OK);
     if (!e) exit(1);
     return e;
 }
@@ -183,6 +183,7 @@ static size_t poll_engine(struct LlaisysEngine *e) {
 /* Forty requests, greedy and sampled, some cancelled, some preempted, some with a prefix from the cache, some refused.
  */
 static void serve(struct LlaisysEngine *e) {
+    static const struct LlaisysLogitBias bias[2] = {{17, 5}, {2999, -100}};
     int64_t prompt[200];
     struct rng rng = {5};
     for (size_t i = 0; i < 200; i++) prompt[i] = (int64_t)rng_below(&rng, 3000);
@@ -191,6 +192,15 @@ static void serve(struct LlaisysEngine *e) {
         struct LlaisysRequest q = {.prompt = prompt, .nprompt = rng_range(&rng, 1, 200), .max_tokens = 60};
         if (submitted % 2) q.sampling = (struct LlaisysSampling){0.8f, submitted % 4 == 1 ? 20 : 0, 0.9f, submitted};
         q.no_cache = submitted % 5 == 0;
+        if (submitted % 3 == 0) {
+            q.min_p = 0.01f;
+            q.repetition_penalty = 1.2f;
+            q.frequency_penalty = 0.5f;
+            q.logit_bias = bias;
+            q.nlogit_bias = 2;
+            q.logprobs = 1;
+            q.top_logprobs = 20;
+        }
         uint64_t id;
         if (llaisysEngineSubmit(e, &q, &id) == LLAISYS_OK) {
             if (++submitted % 7 == 0) CHECK_INT(llaisysEngineCancel(e, id), LLAISYS_OK);

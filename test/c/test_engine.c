@@ -58,7 +58,8 @@ static void open_engine(size_t seqs, size_t max_queue, size_t blocks) {
                                                            .eos = eos,
                                                            .neos = 1},
                                              .vocab = 500,
-                                             .max_queue = max_queue};
+                                             .max_queue = max_queue,
+                                             .max_logprobs = 3};
     device = fake_open(blocks + 1, 8, 500);
     nlaunched = nwaited = 0;
     const struct lla_executor executor = {launch, await, &device, overlaps};
@@ -114,6 +115,8 @@ static void make_request(struct outcome *o, size_t nprompt, size_t max_tokens, s
     if (nprompt) o->prompt[rng_below(rng, nprompt)] = (int64_t)rng_below(rng, 500);
     if (rng_below(rng, 3) == 0)
         o->request.sampling = (struct LlaisysSampling){.temperature = 1, .top_p = 1, .seed = rng_next(rng)};
+    o->request.logprobs = rng_below(rng, 3) == 0;
+    if (o->request.logprobs) o->request.top_logprobs = (int)rng_below(rng, 4);
 }
 
 /* One call of Poll; the number of requests that have ended. */
@@ -128,6 +131,11 @@ static size_t poll_once(int timeout_ms) {
         CHECK(events[i].ntoken || events[i].finish);
         CHECK_INT(events[i].request, o->id);
         CHECK(o->ntoken + events[i].ntoken <= MAX_SEQ);
+        const size_t nlogprob = o->request.logprobs ? 1 + (size_t)o->request.top_logprobs : 0;
+        CHECK_INT(events[i].nlogprob, nlogprob);
+        CHECK((events[i].logprobs != NULL) == (nlogprob > 0));
+        for (size_t t = 0; t < events[i].ntoken * nlogprob; t++)
+            CHECK_INT(events[i].logprobs[t].token, events[i].tokens[t / nlogprob] + (int64_t)(t % nlogprob));
         memcpy(o->tokens + o->ntoken, events[i].tokens, events[i].ntoken * sizeof *o->tokens);
         o->ntoken += events[i].ntoken;
         o->finish = events[i].finish;
@@ -217,7 +225,8 @@ TEST(limits) {
 TEST(bad_requests) {
     open_engine(2, 4, 40);
     const int64_t prompt[3] = {1, 2, 3}, high[2] = {1, 500}, low[1] = {-1};
-    const struct LlaisysLogitBias bias = {1, 1};
+    const float nan = 0.0f / 0.0f;
+    const struct LlaisysLogitBias high_bias = {1, 100.5f}, nan_bias = {1, nan}, far_bias = {500, 1};
     const struct LlaisysRequest good = {.prompt = prompt, .nprompt = 3, .max_tokens = 1};
     const struct {
         struct LlaisysRequest request;
@@ -234,12 +243,25 @@ TEST(bad_requests) {
         {{.prompt = prompt, .nprompt = 3, .sampling = {.temperature = 1}}, "top_p is 0"},
         {{.prompt = prompt, .nprompt = 3, .sampling = {.top_p = 2}}, "top_p is 2"},
         {{.prompt = prompt, .nprompt = 3, .sampling = {.top_k = -1}}, "top_k is -1"},
-        {{.prompt = prompt, .nprompt = 3, .min_p = 0.1f}, "min_p is 0.1, which this engine does not support yet"},
-        {{.prompt = prompt, .nprompt = 3, .repetition_penalty = 1.5f}, "repetition_penalty is 1.5"},
-        {{.prompt = prompt, .nprompt = 3, .presence_penalty = -1}, "presence_penalty is -1"},
-        {{.prompt = prompt, .nprompt = 3, .frequency_penalty = 0.0f / 0.0f}, "frequency_penalty is"},
-        {{.prompt = prompt, .nprompt = 3, .logit_bias = &bias, .nlogit_bias = 1}, "nlogit_bias is 1"},
-        {{.prompt = prompt, .nprompt = 3, .logprobs = 5}, "logprobs is 5"},
+        {{.prompt = prompt, .nprompt = 3, .min_p = 1.1f}, "min_p is 1.1, expected 0 to 1"},
+        {{.prompt = prompt, .nprompt = 3, .min_p = nan}, "min_p is"},
+        {{.prompt = prompt, .nprompt = 3, .repetition_penalty = -1.5f}, "repetition_penalty is -1.5"},
+        {{.prompt = prompt, .nprompt = 3, .repetition_penalty = 1 / 0.0f}, "repetition_penalty is inf"},
+        {{.prompt = prompt, .nprompt = 3, .repetition_penalty = nan}, "repetition_penalty is"},
+        {{.prompt = prompt, .nprompt = 3, .presence_penalty = -2.1f}, "presence_penalty is -2.1, expected -2 to 2"},
+        {{.prompt = prompt, .nprompt = 3, .frequency_penalty = nan}, "frequency_penalty is"},
+        {{.prompt = prompt, .nprompt = 3, .logit_bias = &high_bias, .nlogit_bias = 1},
+         "logit_bias of token 1 is 100.5"},
+        {{.prompt = prompt, .nprompt = 3, .logit_bias = &nan_bias, .nlogit_bias = 1}, "logit_bias of token 1 is"},
+        {{.prompt = prompt, .nprompt = 3, .logit_bias = &far_bias, .nlogit_bias = 1},
+         "logit_bias of token 500, expected an id from 0 to 499"},
+        {{.prompt = prompt, .nprompt = 3, .logit_bias = &high_bias, .nlogit_bias = 1025},
+         "1025 tokens with a logit_bias"},
+        {{.prompt = prompt, .nprompt = 3, .nlogit_bias = 1}, "1 tokens with a logit_bias"},
+        {{.prompt = prompt, .nprompt = 3, .logprobs = 5}, "logprobs is 5, expected 0 or 1"},
+        {{.prompt = prompt, .nprompt = 3, .logprobs = 1, .top_logprobs = 4}, "top_logprobs is 4, expected 0 to 3"},
+        {{.prompt = prompt, .nprompt = 3, .logprobs = 1, .top_logprobs = -1}, "top_logprobs is -1"},
+        {{.prompt = prompt, .nprompt = 3, .top_logprobs = 2}, "top_logprobs is 2, but logprobs is 0"},
     };
     uint64_t id = 0;
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {

@@ -1,6 +1,6 @@
 /* test_invariance.c: through the whole engine, a request's tokens and logits are bit for bit those that it has alone:
  * in any batch, whenever it arrives, with its prompt cut anyhow, with a prefix from the cache or without, after
- * preemption, beside requests that are cancelled; greedy and sampled.
+ * preemption, beside requests that are cancelled; greedy and sampled, with penalties, bias and log-probabilities.
  *
  * The reference of each request is a runner of its own, with one thread and nobody else. Another seed: `test_invariance
  * random 12345`, or the environment variable LLAISYS_TEST_SEED. */
@@ -16,7 +16,7 @@ enum { SLOW = 1 };
 enum { SLOW = 0 };
 #endif
 
-enum { MAX_SEQ = 160, REQUESTS = 60, SYSTEM = 45 };
+enum { MAX_SEQ = 160, REQUESTS = 60, SYSTEM = 45, MAX_BIAS = 8, MAX_LOGPROBS = 5 };
 
 static const struct lla_spec specs[] = {
     {LLAISYS_DTYPE_BF16, 2, 72, 6, 2, 24, 150, 131, 640, false, 1e-6f, 1e4, {0}, 0},
@@ -77,6 +77,10 @@ struct request {
     int64_t tokens[MAX_SEQ]; /* prompt and answer */
     size_t nprompt, most, ntoken;
     struct LlaisysSampling sampling;
+    float min_p, repetition, presence, frequency;
+    struct LlaisysLogitBias bias[MAX_BIAS];
+    size_t nbias, nlogprob;
+    struct LlaisysLogprob logprobs[MAX_SEQ * (1 + MAX_LOGPROBS)]; /* of the answer */
     uint64_t id;
     enum LlaisysFinish finish;
     bool submitted;
@@ -84,7 +88,7 @@ struct request {
 
 static struct request requests[REQUESTS];
 static int64_t system_prompt[SYSTEM];
-static size_t saw_cached, saw_preempted, saw_cancelled, saw_follow_up;
+static size_t saw_cached, saw_preempted, saw_cancelled, saw_follow_up, saw_penalised, saw_logprobs;
 
 /* A prompt of its own, one that begins with the system's, one that was asked before, or the next turn of another. */
 static void make_request(struct request *r, struct rng *rng) {
@@ -109,6 +113,16 @@ static void make_request(struct request *r, struct rng *rng) {
                                                .top_k = (int32_t)rng_below(rng, 20),
                                                .top_p = rng_below(rng, 2) ? 1 : 0.8f,
                                                .seed = rng_next(rng)};
+    if (rng_below(rng, 2)) r->min_p = 0.05f;
+    if (rng_below(rng, 2)) {
+        r->repetition = 0.8f + (float)rng_below(rng, 6) / 10;
+        r->presence = (float)rng_below(rng, 5) / 4 - 0.5f;
+        r->frequency = (float)rng_below(rng, 5) / 4 - 0.5f;
+    }
+    if (rng_below(rng, 2)) r->nbias = rng_below(rng, MAX_BIAS);
+    for (size_t i = 0; i < r->nbias; i++)
+        r->bias[i] = (struct LlaisysLogitBias){(int64_t)rng_below(rng, vocab), i ? 4 * rng_normal(rng) : -INFINITY};
+    if (rng_below(rng, 2)) r->nlogprob = rng_range(rng, 1, 1 + MAX_LOGPROBS);
 }
 
 static void submit(struct request *r, struct rng *rng) {
@@ -116,6 +130,14 @@ static void submit(struct request *r, struct rng *rng) {
                                            .nprompt = r->nprompt,
                                            .max_tokens = r->most,
                                            .sampling = r->sampling,
+                                           .min_p = r->min_p,
+                                           .repetition_penalty = r->repetition,
+                                           .presence_penalty = r->presence,
+                                           .frequency_penalty = r->frequency,
+                                           .logit_bias = r->bias,
+                                           .nlogit_bias = r->nbias,
+                                           .logprobs = r->nlogprob > 0,
+                                           .top_logprobs = r->nlogprob ? (int)r->nlogprob - 1 : 0,
                                            .tag = (uint64_t)(r - requests),
                                            .priority = rng_below(rng, 5) == 0,
                                            .no_cache = rng_below(rng, 8) == 0,
@@ -129,18 +151,33 @@ static void check_alone(const struct request *r, const uint64_t *digests, const 
     const size_t rows = alone.graph.dims.max_rows;
     int32_t blocks[MAX_SEQ];
     int64_t next = -1;
+    struct lla_bias bias[MAX_BIAS];
+    struct lla_candidate logprobs[1 + MAX_LOGPROBS];
+    for (size_t i = 0; i < r->nbias; i++) bias[i] = (struct lla_bias){(int32_t)r->bias[i].token, r->bias[i].bias};
     for (int32_t b = 0; b < MAX_SEQ; b++) blocks[b] = b + 1;
     for (size_t done = 0, n; done + 1 < r->ntoken + (r->ntoken == r->nprompt); done += n) {
         n = done < r->nprompt ? r->nprompt - done : 1;
         n = n < rows ? n : rows;
         const struct LlaisysSampling *s = &r->sampling;
-        const struct lla_step_seq seq = {
-            .tokens = r->tokens + done,
-            .ntoken = n,
-            .position0 = done,
-            .blocks = blocks,
-            .want_next = done + n >= r->nprompt,
-            .sampling = {.temperature = s->temperature, .top_p = s->top_p, .top_k = s->top_k, .seed = s->seed}};
+        const struct lla_step_seq seq = {.tokens = r->tokens + done,
+                                         .ntoken = n,
+                                         .position0 = done,
+                                         .blocks = blocks,
+                                         .want_next = done + n >= r->nprompt,
+                                         .sampling = {.temperature = s->temperature,
+                                                      .top_p = s->top_p,
+                                                      .min_p = r->min_p,
+                                                      .repetition = r->repetition,
+                                                      .presence = r->presence,
+                                                      .frequency = r->frequency,
+                                                      .top_k = s->top_k,
+                                                      .nbias = (int32_t)r->nbias,
+                                                      .nlogprob = (int32_t)r->nlogprob,
+                                                      .seed = s->seed},
+                                         .known = r->tokens,
+                                         .nprompt = r->nprompt,
+                                         .bias = bias,
+                                         .logprobs = logprobs};
         CHECK_INT(lla_runner_step(&alone, &seq, 1, &next), LLA_OK);
         if (!seq.want_next || done + n >= r->ntoken) continue;
         lla_runner_logits(&alone, 0, row);
@@ -148,6 +185,11 @@ static void check_alone(const struct request *r, const uint64_t *digests, const 
             HARNESS_FAIL("%s: request %d, prompt of %zu: token %zu is %lld, alone it is %lld", label,
                          (int)(r - requests), r->nprompt, done + n - r->nprompt, (long long)r->tokens[done + n],
                          (long long)next);
+            return;
+        }
+        if (memcmp(logprobs, &r->logprobs[(done + n - r->nprompt) * r->nlogprob], r->nlogprob * sizeof *logprobs)) {
+            HARNESS_FAIL("%s: request %d, prompt of %zu: log-probabilities of token %zu differ", label,
+                         (int)(r - requests), r->nprompt, done + n - r->nprompt);
             return;
         }
         if (digest(row) != digests[done + n - 1]) {
@@ -165,6 +207,9 @@ static size_t take_events(int timeout_ms, const char *label) {
     for (size_t i = 0; i < count; i++) {
         struct request *r = &requests[events[i].tag];
         memcpy(r->tokens + r->ntoken, events[i].tokens, events[i].ntoken * sizeof *r->tokens);
+        if (r->nlogprob)
+            memcpy(&r->logprobs[(r->ntoken - r->nprompt) * r->nlogprob], events[i].logprobs,
+                   events[i].ntoken * r->nlogprob * sizeof *r->logprobs);
         r->ntoken += events[i].ntoken;
         r->finish = events[i].finish;
         if (!r->finish) continue;
@@ -177,6 +222,8 @@ static size_t take_events(int timeout_ms, const char *label) {
         saw_cached += events[i].cached_tokens > 0;
         saw_preempted += events[i].preemptions > 0;
         saw_cancelled += r->finish == LLAISYS_FINISH_CANCELLED;
+        saw_penalised += r->repetition > 0 && events[i].preemptions + events[i].cached_tokens > 0;
+        saw_logprobs += r->nlogprob > 0 && events[i].preemptions + events[i].cached_tokens > 0;
     }
     return ended;
 }
@@ -200,7 +247,8 @@ static void run_schedule(const struct lla_spec *spec, const struct lla_limits *l
                                                            .nblock = runner.graph.plan.nblock,
                                                            .kv_block = d->kv_block},
                                              .vocab = vocab,
-                                             .max_queue = REQUESTS};
+                                             .max_queue = REQUESTS,
+                                             .max_logprobs = MAX_LOGPROBS};
     struct recorder recorder = {&runner, &engine, malloc(vocab * sizeof(float))};
     row = malloc(vocab * sizeof *row);
     recorded = calloc(REQUESTS + 2 * d->max_seqs, sizeof *recorded);
@@ -242,6 +290,9 @@ TEST(random_schedules) {
         run_schedule(&specs[i % NSPEC], &limits[i / NSPEC % NLIMITS], &rng);
     printf("%zu found a prefix, %zu were preempted, %zu cancelled, %zu follow up\n", saw_cached, saw_preempted,
            saw_cancelled, saw_follow_up);
+    printf("of those with a prefix or preempted, %zu had penalties and %zu log-probabilities\n", saw_penalised,
+           saw_logprobs);
+    CHECK(saw_penalised > 3 && saw_logprobs > 3);
     CHECK(saw_cached > 10 && saw_preempted > 3 && saw_cancelled > 3 && saw_follow_up > 3);
     if (TEST_FAILURES) fprintf(stderr, "seed %llu\n", (unsigned long long)test_seed);
 }
