@@ -24,9 +24,9 @@ import sys
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .libllaisys import LIB_LLAISYS, DataType, DeviceType, LlaisysError, LlaisysQwen2Meta
 from .libllaisys.engine import (
@@ -36,6 +36,7 @@ from .libllaisys.engine import (
     LlaisysEngineOptions,
     LlaisysEngineStats,
     LlaisysEvent,
+    LlaisysLogitBias,
     LlaisysRequest,
     RequestError,
 )
@@ -44,7 +45,16 @@ from .models.qwen2 import _options, _sampling
 if TYPE_CHECKING:
     from typing import Self  # Python 3.11
 
-__all__ = ["Answer", "Engine", "EngineBusy", "EngineClosed", "Request", "RequestError", "Stream"]
+__all__ = [
+    "Answer",
+    "Engine",
+    "EngineBusy",
+    "EngineClosed",
+    "Logprobs",
+    "Request",
+    "RequestError",
+    "Stream",
+]
 
 EVENTS = 64  # read with one call
 
@@ -54,8 +64,11 @@ class Request:
     """A prompt in token ids, and how to go on.
 
     max_new_tokens None, or more than there is room for, means up to the engine's max_seq tokens in
-    all. temperature 0 or top_k 1 is greedy; top_k 0 and top_p 1 switch these filters off. stop:
-    tokens that end the answer beside the model's own, which ignore_eos leaves out. Higher
+    all. temperature 0 or top_k 1 is greedy; top_k 0, top_p 1 and min_p 0 switch these filters off,
+    repetition_penalty 1 (over prompt and answer), presence_penalty 0 and frequency_penalty 0 (over
+    the answer) the penalties. logit_bias: by token, -100 to 100, or -inf, which bans the token.
+    logprobs: None, or how many of the most probable tokens are told with each token beside itself.
+    stop: tokens that end the answer beside the model's own, which ignore_eos leaves out. Higher
     priorities go first. cache False neither uses nor fills the prefix cache; requests share
     prefixes only within one cache_salt.
     """
@@ -65,7 +78,13 @@ class Request:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int = 0
+    logprobs: int | None = None
     stop: Sequence[int] = ()
     ignore_eos: bool = False
     priority: int = 0
@@ -73,15 +92,28 @@ class Request:
     cache_salt: int = 0
 
 
+class Logprobs(NamedTuple):
+    """Of one token of an answer: natural logarithms of the model's own probabilities.
+
+    They are those before bias, penalties, temperature and filters. top: (token, logprob) of the
+    most probable tokens, the most probable first.
+    """
+
+    logprob: float
+    top: list[tuple[int, float]]
+
+
 @dataclass
 class Answer:
     """What has come of a request; times are seconds since it was submitted, 0 for not yet.
 
     finish: None while more is to come, then "stop" (the last token ends the text), "length",
-    "cancelled", "error" (with a message) or "closed".
+    "cancelled", "error" (with a message) or "closed". logprobs: one for each of tokens, if the
+    request asked for them.
     """
 
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[Logprobs] = field(default_factory=list)
     finish: str | None = None
     message: str | None = None
     prompt_tokens: int = 0
@@ -98,8 +130,8 @@ class Engine:
     max_seq: tokens of one request, prompt and answer together. max_seqs: requests computed at once.
     kv_tokens: tokens of the KV cache over all requests. kv_block: tokens of one of its blocks.
     max_queue: requests that may wait. mixed_rows: tokens of a step in which a request decodes,
-    which bounds how long answers wait for others' prompts. None is the engine's choice. The other
-    options are those of Qwen2.
+    which bounds how long answers wait for others' prompts. max_logprobs: what a request's logprobs
+    may be, up to 20. None is the engine's choice. The other options are those of Qwen2.
     """
 
     def __init__(
@@ -115,6 +147,7 @@ class Engine:
         max_queue: int | None = None,
         prefill_chunk: int | None = None,
         mixed_rows: int | None = None,
+        max_logprobs: int | None = None,
         threads: int | None = None,
         dtype: DataType | None = None,
         progress: bool | None = None,
@@ -132,8 +165,14 @@ class Engine:
         for name, value in sizes.items():
             if value is not None and not 0 < value < 2**31:
                 raise ValueError(f"{name}: expected 1 to 2**31 - 1, found {value}")
+        if max_logprobs is not None and not 0 <= max_logprobs <= 20:
+            raise ValueError(f"max_logprobs: expected 0 to 20, found {max_logprobs}")
         model = _options(device, device_ids, max_seq, prefill_chunk, threads, dtype, progress)
-        options = LlaisysEngineOptions(model=model, **{k: v or 0 for k, v in sizes.items()})
+        options = LlaisysEngineOptions(
+            model=model,
+            max_logprobs=0 if max_logprobs is None else max_logprobs or -1,
+            **{k: v or 0 for k, v in sizes.items()},
+        )
         self._events = (LlaisysEvent * EVENTS)()
         self._count = ctypes.c_size_t()  # of those, read by the last call
         self._next = 0  # of those, the first not handed out yet
@@ -290,7 +329,16 @@ class Engine:
             raise ValueError(f"priority: expected 32 bits, found {request.priority}")
         if not 0 <= request.cache_salt < 2**64:
             raise ValueError(f"cache_salt: expected 0 to 2**64 - 1, found {request.cache_salt}")
+        if not request.repetition_penalty > 0:  # 0 would be the C field's default
+            raise ValueError(
+                f"repetition_penalty: expected above 0, found {request.repetition_penalty}"
+            )
+        if request.logprobs is not None and not 0 <= request.logprobs < 2**31:
+            raise ValueError(f"logprobs: expected None or 0 to 20, found {request.logprobs}")
         prompt, stop = _ids("prompt", request.prompt), _ids("stop", request.stop)
+        biased = _ids("logit_bias", list(request.logit_bias))
+        values = array("f", request.logit_bias.values())
+        bias = (LlaisysLogitBias * len(biased))(*zip(biased, values, strict=True))
         number = ctypes.c_uint64()
         LIB_LLAISYS.llaisysEngineSubmit(
             self._handle(),
@@ -302,6 +350,14 @@ class Engine:
                 nstop=len(stop),
                 ignore_eos=request.ignore_eos,
                 sampling=sampling,
+                min_p=request.min_p,
+                repetition_penalty=request.repetition_penalty,
+                presence_penalty=request.presence_penalty,
+                frequency_penalty=request.frequency_penalty,
+                logit_bias=bias,
+                nlogit_bias=len(bias),
+                logprobs=request.logprobs is not None,
+                top_logprobs=request.logprobs or 0,
                 priority=request.priority,
                 no_cache=not request.cache,
                 cache_salt=request.cache_salt,
@@ -410,6 +466,10 @@ def _take(answer: Answer, event: LlaisysEvent) -> list[int]:
     """Adds an event to an answer and returns its tokens."""
     tokens = event.tokens[: event.ntoken]
     answer.tokens += tokens
+    n = event.nlogprob
+    for i in range(0, event.ntoken * n, n or 1):
+        own, *top = event.logprobs[i : i + n]
+        answer.logprobs.append(Logprobs(own.logprob, [(t.token, t.logprob) for t in top]))
     for name in ("prompt_tokens", "cached_tokens", "preemptions"):
         setattr(answer, name, getattr(event, name))
     for name in ("queued_s", "first_token_s", "finished_s"):

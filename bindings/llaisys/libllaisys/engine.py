@@ -8,6 +8,7 @@ from ctypes import (
     c_double,
     c_float,
     c_int,
+    c_int32,
     c_int64,
     c_size_t,
     c_uint64,
@@ -67,6 +68,7 @@ class LlaisysEngineOptions(Structure):
         ("kv_block", c_size_t),
         ("max_queue", c_size_t),
         ("mixed_rows", c_size_t),
+        ("max_logprobs", c_int),
     ]
 
 
@@ -74,6 +76,12 @@ class LlaisysLogitBias(Structure):
     """What is added to a token's logit."""
 
     _fields_ = [("token", c_int64), ("bias", c_float)]
+
+
+class LlaisysLogprob(Structure):
+    """How likely the model found a token."""
+
+    _fields_ = [("logprob", c_float), ("token", c_int32)]
 
 
 class LlaisysRequest(Structure):
@@ -94,6 +102,7 @@ class LlaisysRequest(Structure):
         ("logit_bias", POINTER(LlaisysLogitBias)),
         ("nlogit_bias", c_size_t),
         ("logprobs", c_int),
+        ("top_logprobs", c_int),
         ("tag", c_uint64),
         ("priority", c_int),
         ("no_cache", c_int),
@@ -109,6 +118,8 @@ class LlaisysEvent(Structure):
         ("tag", c_uint64),
         ("tokens", POINTER(c_int64)),
         ("ntoken", c_size_t),
+        ("logprobs", POINTER(LlaisysLogprob)),
+        ("nlogprob", c_size_t),
         ("finish", c_int),
         ("message", c_char_p),
         ("prompt_tokens", c_size_t),
