@@ -7,7 +7,7 @@
  * integers, so that sums are exact and have no order. */
 #include "simd.h"
 
-enum { CHUNK = 256, BINS = 2048 };
+enum { CHUNK = 256, BINS = 2048, STRETCH = 64 };
 
 size_t LLA_FN(lla_argmax)(llaisysDataType_t dtype, size_t n, const void *values);
 void LLA_FN(lla_to_float)(llaisysDataType_t dtype, size_t n, const void *x, float *out);
@@ -24,7 +24,11 @@ struct list {
 /* A larger value has a larger key; 0 and -0 have one. */
 INLINE uint32_t key_of(float value) {
     const uint32_t bits = lla_float_bits(value + 0.0f);
-    return bits ^ ((uint32_t)((int32_t)bits >> 31) | 0x80000000u);
+    return bits ^ ((0u - (bits >> 31)) | 0x80000000u);
+}
+
+INLINE float value_of(uint32_t key) {
+    return lla_bits_float(key >> 31 ? key ^ 0x80000000u : ~key);
 }
 
 /* The weights of n <= CHUNK values, none above max, in units of 2^-LLA_WEIGHT_BITS. 2^t = 2^k e^(f ln 2) with k whole
@@ -58,7 +62,6 @@ INLINE size_t chunk_at(const struct list *l, size_t i) {
 
 /* Keeps values of keys above `key` and the first `ties` of that key. Most stretches hold none, which is soon seen. */
 static void keep(struct list *l, uint32_t key, uint64_t ties) {
-    enum { STRETCH = 64 };
     size_t kept = 0;
     for (size_t i = 0, n; i < l->n; i += n) {
         bool has_any = false;
@@ -130,6 +133,26 @@ static void cut(struct list *l, bool by_mass, double share, uint64_t target) {
     keep(l, key, (target + one - 1) / one);
 }
 
+/* Keeps the k largest of a whole row. No less than the k-th largest of its stretches' largest values: there are k of
+ * those. Where k is small, little is left to look at closely. */
+static void cut_row(struct list *l, size_t k) {
+    const size_t count = l->n / STRETCH;
+    struct list top = {.value = (float *)l->token, .token = l->token + count, .n = count, .is_row = true};
+    if (k <= count / 4) {
+        for (size_t i = 0; i < count; i++) {
+            uint32_t key = 0; /* as an integer, so that NaN has its place */
+            for (size_t j = i * STRETCH; j < (i + 1) * STRETCH; j++)
+                key = key_of(l->value[j]) > key ? key_of(l->value[j]) : key;
+            top.value[i] = value_of(key);
+        }
+        cut(&top, false, 0, k);
+        uint32_t least = UINT32_MAX;
+        for (size_t i = 0; i < top.n; i++) least = key_of(top.value[i]) < least ? key_of(top.value[i]) : least;
+        keep(l, least, l->n);
+    }
+    cut(l, false, 0, k);
+}
+
 /* Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11): the first word for a key and a
  * counter. */
 static uint32_t philox(uint64_t seed, uint64_t counter) {
@@ -156,11 +179,17 @@ static uint64_t mass_of(const struct list *l, size_t first, size_t n, uint64_t l
     return sum;
 }
 
+static uint64_t mass_of_all(const struct list *l, uint64_t least) {
+    uint64_t weight[CHUNK], mass = 0;
+    for (size_t i = 0; i < l->n; i += CHUNK) mass += mass_of(l, i, chunk_at(l, i), least, weight);
+    return mass;
+}
+
 /* The token at a random place of the list's mass, laid out in order of tokens. */
 static int32_t pick(const struct list *l, const struct lla_sampling_row *s) {
     const uint64_t least = (uint64_t)ceil((double)s->min_p * (double)((uint64_t)1 << LLA_WEIGHT_BITS));
-    uint64_t weight[CHUNK], mass = 0;
-    for (size_t i = 0; i < l->n; i += CHUNK) mass += mass_of(l, i, chunk_at(l, i), least, weight);
+    uint64_t weight[CHUNK];
+    const uint64_t mass = mass_of_all(l, least);
     /* place = floor(mass * random / 2^32), without the product's upper bits being lost */
     const uint64_t random = philox(s->seed, (uint64_t)(uint32_t)s->position);
     uint64_t place = (mass >> 32) * random + ((mass & 0xffffffffu) * random >> 32);
@@ -204,7 +233,7 @@ static int32_t choose(const struct lla_draw *d, struct list *l) {
     if (lla_is_greedy(s) || !isfinite(l->max)) return (int32_t)best;
     l->scale = 1.44269504f / s->temperature;
     if (!(l->scale <= 3e38f)) l->scale = 3e38f; /* of the smallest temperatures: 0 * infinity is no number */
-    if (s->top_k > 0 && (size_t)s->top_k < l->n) cut(l, false, 0, (uint64_t)s->top_k);
+    if (s->top_k > 0 && (size_t)s->top_k < l->n) cut_row(l, (size_t)s->top_k);
     if (s->top_p < 1) cut(l, true, (double)s->top_p, 0);
     return pick(l, s);
 }
@@ -217,16 +246,12 @@ static void report(const struct lla_draw *d, int32_t chosen, struct list *l) {
     l->max = l->value[LLA_FN(lla_argmax)(LLAISYS_DTYPE_F32, l->n, l->value)];
     l->scale = 1.44269504f;
     double log_mass = NAN;
-    if (isfinite(l->max)) {
-        uint64_t weight[CHUNK], mass = 0;
-        for (size_t i = 0; i < l->n; i += CHUNK) mass += mass_of(l, i, chunk_at(l, i), 0, weight);
-        log_mass = log(ldexp((double)mass, -LLA_WEIGHT_BITS)) + (double)l->max;
-    }
+    if (isfinite(l->max)) log_mass = log(ldexp((double)mass_of_all(l, 0), -LLA_WEIGHT_BITS)) + (double)l->max;
     out[0] = (struct lla_candidate){(float)((double)l->value[chosen] - log_mass), chosen};
     for (size_t i = top; i < most; i++) out[1 + i] = (struct lla_candidate){-INFINITY, -1};
     if (!top) return;
     if (top < l->n)
-        cut(l, false, 0, top);
+        cut_row(l, top);
     else
         keep(l, 0, l->n);
     for (size_t i = 0; i < l->n; i++) { /* insertion: there are few */

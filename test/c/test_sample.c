@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <time.h>
 
-enum { MOST = 6000, KNOWN = 300, MOST_BIAS = 40 };
+enum { MOST = 151936, KNOWN = 300, MOST_BIAS = 40 };
 
 static float logits[MOST]; /* exact in `dtype` */
 static char stored[4 * MOST];
@@ -175,12 +175,11 @@ static struct lla_sampling_row random_how(struct rng *rng, size_t n) {
     return s;
 }
 
-TEST(random_rows_as_the_reference) {
-    struct rng rng = {1};
+static void check_rows(size_t rounds, size_t most_known, const size_t *sizes, size_t nsize, uint64_t seed) {
+    struct rng rng = {seed};
     size_t unclear = 0;
-    const size_t rounds = SLOW ? 300 : 3000;
     for (size_t i = 0; i < rounds && TEST_FAILURES < 5; i++) {
-        const size_t n = (size_t[]){1, 2, 17, 256, 300, 2000, MOST}[rng_below(&rng, i % 10 ? 5 : 7)];
+        const size_t n = sizes[rng_below(&rng, nsize)];
         const llaisysDataType_t dtype =
             (llaisysDataType_t[]){LLAISYS_DTYPE_BF16, LLAISYS_DTYPE_F16, LLAISYS_DTYPE_F32}[rng_below(&rng, 3)];
         const struct lla_sampling_row how = random_how(&rng, n);
@@ -190,7 +189,7 @@ TEST(random_rows_as_the_reference) {
             bias[j] =
                 (struct lla_bias){(int32_t)rng_below(&rng, n), (float[]){-100, 100, 0.5f, -2}[rng_below(&rng, 4)]};
         struct lla_draw d = row_of(dtype, n, &how);
-        d.nknown = rng_range(&rng, 1, KNOWN);
+        d.nknown = rng_range(&rng, 1, most_known);
         d.nprompt = rng_below(&rng, d.nknown + 1);
         const int32_t expected = reference(&d);
         const int32_t drawn = draw(d);
@@ -201,7 +200,17 @@ TEST(random_rows_as_the_reference) {
                          (double)how.top_p, (double)how.min_p);
     }
     printf("%zu of %zu rows were decided by rounding\n", unclear, rounds);
-    CHECK(unclear < rounds / 10);
+    CHECK(unclear < rounds / 5);
+}
+
+TEST(random_rows_as_the_reference) {
+    const size_t sizes[] = {1, 2, 17, 256, 300, 2000};
+    check_rows(SLOW ? 300 : 3000, KNOWN, sizes, 6, 1);
+}
+
+TEST(large_rows_as_the_reference) {
+    const size_t sizes[] = {5000, MOST};
+    check_rows(SLOW ? 10 : 60, 10, sizes, 2, 2);
 }
 
 /* ---- exact supports ---- */
@@ -367,7 +376,7 @@ TEST(logprobs_are_the_models) {
     struct rng rng = {5};
     struct lla_candidate got[24];
     for (size_t i = 0; i < (SLOW ? 50 : 500) && TEST_FAILURES < 5; i++) {
-        const size_t n = (size_t[]){1, 3, 21, 700, MOST}[rng_below(&rng, 5)], kind = rng_below(&rng, 4);
+        const size_t n = (size_t[]){1, 3, 21, 700, 6000}[rng_below(&rng, 5)], kind = rng_below(&rng, 4);
         struct lla_sampling_row how = random_how(&rng, n);
         how.nlogprob = (int32_t)rng_range(&rng, 1, 21);
         how.nbias = 0;
