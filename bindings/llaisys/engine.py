@@ -47,6 +47,14 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "Engine", "EngineBusy", "EngineClosed", "Request", "RequestError", "Stream"]
 
 EVENTS = 64  # read with one call
+_USAGE = (
+    "prompt_tokens",
+    "cached_tokens",
+    "preemptions",
+    "queued_s",
+    "first_token_s",
+    "finished_s",
+)
 
 
 @dataclass
@@ -409,11 +417,10 @@ class Stream:
 def _take(answer: Answer, event: LlaisysEvent) -> list[int]:
     """Adds an event to an answer and returns its tokens."""
     tokens = event.tokens[: event.ntoken]
+    if event.finish or not answer.tokens:  # what does not change in between
+        for name in _USAGE:
+            setattr(answer, name, getattr(event, name))
     answer.tokens += tokens
-    for name in ("prompt_tokens", "cached_tokens", "preemptions"):
-        setattr(answer, name, getattr(event, name))
-    for name in ("queued_s", "first_token_s", "finished_s"):
-        setattr(answer, name, getattr(event, name))
     if event.finish:
         answer.finish = Finish(event.finish).name.lower()
         answer.message = event.message.decode("utf-8", "replace") if event.message else None
