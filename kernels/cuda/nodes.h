@@ -10,9 +10,8 @@
  *
  * Sums. A row's K is cut into eight contiguous parts (sixteen where K is long); a part is summed by the tensor core in
  * order of K, and the parts' sums are added in order. Neither the number of rows in the step, nor the bucket, nor the
- * kernel that the bucket takes enters. That holds for finite
- * values: a part that ends inside another kernel's tile multiplies its neighbours by zero, and inf times zero is NaN.
- */
+ * kernel that the bucket takes enters. That holds for finite values: a kernel may multiply its neighbours' columns by
+ * zero, and infinity times zero is NaN. */
 #ifndef LLA_CUDA_NODES_H
 #define LLA_CUDA_NODES_H
 
