@@ -156,7 +156,7 @@ class Handler(BaseHTTPRequestHandler):
             pieces = [text[i : i + 4000] for i in range(0, len(text), 4000)]
         for i, piece in enumerate(pieces):
             self._event({"content": piece})
-            time.sleep(0.02 if question == "slow" else 0.001)
+            time.sleep(0.02 if question == "slow" else 0.004)
             if i == 2 and question == "drop":
                 return
             if i == 2 and question == "fail":

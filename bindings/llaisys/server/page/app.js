@@ -17,6 +17,7 @@ const runs = new Map(); // chat id -> {controller, index}
 const views = new Map(); // index of a message of the chat shown -> its view
 let chat = null; // the chat shown; it is in chats from its first message on
 let key = recall("key") ?? "";
+let leaving = false; // the page is being closed
 let follow = true; // the reader is at the end of the conversation
 
 const scroller = $("#scroller");
@@ -171,6 +172,7 @@ async function run(parent, index = add(chat, parent, { role: "assistant" })) {
 
   await answer(asked, index, { model: $("#model").value, key, signal: controller.signal, changed });
 
+  if (leaving) return;
   runs.delete(asked.id);
   clearTimeout(frame);
   if (chats.has(asked.id)) save(asked);
@@ -329,9 +331,13 @@ addEventListener("storage", (event) => {
   }
   sidebar.update();
 });
+// A reload cuts the answers off: what there is of them is kept, and the cut is no error of theirs.
 addEventListener("pagehide", () => {
+  leaving = true;
   for (const id of runs.keys()) if (chats.has(id)) saveChat(chats.get(id));
 });
+// Back from the browser's cache of pages: its answers were cut off, and other tabs went on.
+addEventListener("pageshow", (event) => event.persisted && location.reload());
 
 setSidebar(!PHONE.matches);
 showAddressed();
