@@ -178,7 +178,7 @@ def test_send_and_stream(page: Page, stub: Stub) -> None:
     expect(last(page).locator(".markdown").last).to_have_text("You said: Hello, you")
     stats = last(page).locator(".stats").inner_text()
     assert re.fullmatch(
-        r"4 tokens · [\d.]+ tokens/s · first after \d+ ms · 80 of 120 prompt tokens cached", stats
+        r"4 tokens · [\d.]+ tokens/s · \d+ ms to the first · 80 of 120 cached", stats
     ), stats
     assert last(page).get_attribute("aria-busy") == "false"
     assert [m["role"] for m in stub.asked[-1]["messages"]] == ["user", "assistant", "user"]
@@ -208,11 +208,12 @@ def test_stop(page: Page, stub: Stub, how: str) -> None:
 def test_thoughts_are_folded_and_not_sent_back(page: Page, stub: Stub) -> None:
     ask(page, "think")
     think = last(page).locator("details")
-    expect(think.locator("summary")).to_have_text(re.compile(r"Thought for \d+\.\d s"))
+    expect(think.locator("summary")).to_have_text(re.compile(r"Thought for \d+ ms"))
     expect(think.locator("strong")).to_be_hidden()
     think.locator("summary").click()
     expect(think.locator("strong")).to_have_text("hard")
     ask(page, "more")
+    expect(page.locator("details strong")).to_be_visible()  # still unfolded
     assert "hard" not in str(stub.asked[-1])
 
 
@@ -495,7 +496,7 @@ def test_key_is_asked_for(stub: Stub, open_page: Open) -> None:
 def test_settings_are_sent(page: Page, stub: Stub) -> None:
     ask(page, "first")
     values = {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "max_tokens": 100, "seed": 7}
-    assert not values.keys() & stub.asked[-1].keys()
+    assert stub.asked[-1].keys() == {"model", "messages", "stream", "stream_options"}
     page.click("#settings-open")
     page.fill("[name=temperature]", "3")
     page.click("dialog .primary")
@@ -503,6 +504,7 @@ def test_settings_are_sent(page: Page, stub: Stub) -> None:
     for name, value in values.items():
         page.fill(f"[name={name}]", str(value))
     page.fill("[name=system]", "Be brief.")
+    page.select_option("[name=think]", "on")
     page.click("dialog .primary")
     expect(page.locator("#settings")).to_be_hidden()
     page.select_option("#model", "other")
@@ -511,6 +513,7 @@ def test_settings_are_sent(page: Page, stub: Stub) -> None:
     assert {name: asked[name] for name in values} == values
     assert asked["messages"][0] == {"role": "system", "content": "Be brief."}
     assert asked["model"] == "other"
+    assert asked["chat_template_kwargs"] == {"enable_thinking": True}
     page.reload()
     page.click("#new")
     ask(page, "third")
@@ -653,7 +656,7 @@ def test_with_the_server(server_url: str, open_page: Open) -> None:
     first = last(page).locator(".markdown").last.inner_text()
     page.click("[aria-label=Regenerate] >> nth=1")
     done(page)
-    cached = re.search(r"(\d+) of (\d+) prompt", last(page).locator(".stats").inner_text())
+    cached = re.search(r"(\d+) of (\d+) cached", last(page).locator(".stats").inner_text())
     assert 0 < int(cached[1]) < int(cached[2])
     page.click("[aria-label='Edit question'] >> nth=0")
     page.fill(".editor textarea", "What is 5 + 6?")
@@ -664,6 +667,17 @@ def test_with_the_server(server_url: str, open_page: Open) -> None:
     page.click("[aria-label='Earlier version'] >> nth=-1")
     page.reload()
     expect(last(page).locator(".markdown").last).to_have_text(first)
+
+
+def test_thinking_with_the_server(server_url: str, open_page: Open) -> None:
+    page = open_page(server_url)
+    page.click("#settings-open")
+    page.select_option("[name=think]", "on")
+    page.click("dialog .primary")
+    ask(page, "What is 7 + 5?")
+    expect(last(page).locator("summary")).to_contain_text("Thought for")
+    expect(last(page).locator(".markdown").last).to_contain_text("12")
+    assert "think" not in last(page).locator(".markdown").last.inner_text()
 
 
 def test_stop_and_refusals_with_the_server(server_url: str, open_page: Open) -> None:
@@ -691,11 +705,19 @@ def draw(url: str) -> None:
             )  # fmt: skip
             page = context.new_page()
             page.goto(url)
-            for text in ("What can a prefix cache do?", "What is 17 + 25?", "Who are you?"):
-                if size is DESKTOP and text.startswith("What can"):
-                    ask(page, "Name the capital of France.")
-                    page.click("#new")
-                ask(page, text)
+            ask(page, "Name the capital of France.")
+            page.keyboard.press("Control+k")
+            page.click("#settings-open")
+            page.select_option("[name=think]", "on")
+            page.click("dialog .primary")
+            ask(page, "What can a prefix cache do?")
+            ask(page, "What is 17 + 25?")
+            page.locator("[aria-label='Edit question']").last.click()
+            page.fill(".editor textarea", "What is 17 + 26?")
+            page.keyboard.press("Enter")
+            done(page)
+            last(page).locator("summary").click()
+            ask(page, "Who are you?")
             page.locator(".user").last.hover()
             path = ROOT / f"docs/{name}.png"
             page.screenshot(path=path)

@@ -13,7 +13,7 @@ export async function answer(chat, index, { model, key, signal, changed }) {
   const node = chat.nodes[index];
   const clock = new Clock();
   try {
-    for await (const chunk of stream({ model, messages: messages(chat, node.parent), ...chat.settings.sampling }, key, signal)) {
+    for await (const chunk of stream(request(chat, node.parent, model), key, signal)) {
       const [choice] = chunk.choices ?? [];
       const { content = "", reasoning_content: reasoning = "" } = choice?.delta ?? {};
       if (reasoning) node.reasoning = (node.reasoning ?? "") + reasoning;
@@ -36,10 +36,13 @@ export async function answer(chat, index, { model, key, signal, changed }) {
 }
 
 /** The conversation up to index, as the API wants it. Thoughts are not sent back: templates drop them anyway. */
-function messages(chat, index) {
-  const { system } = chat.settings;
-  const said = path(chat, index).map((i) => ({ role: chat.nodes[i].role, content: chat.nodes[i].content }));
-  return system ? [{ role: "system", content: system }, ...said] : said;
+function request(chat, index, model) {
+  const { system, think, sampling } = chat.settings;
+  const messages = path(chat, index).map((i) => ({ role: chat.nodes[i].role, content: chat.nodes[i].content }));
+  if (system) messages.unshift({ role: "system", content: system });
+  // Qwen's name for it; a template that knows no such switch takes no notice
+  const template = think && { chat_template_kwargs: { enable_thinking: think === "on" } };
+  return { model, messages, ...sampling, ...template };
 }
 
 /** Times as the reader sees them, network and all; and the server's counts. */

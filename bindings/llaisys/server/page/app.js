@@ -90,9 +90,15 @@ function remove(removed) {
 // --- messages
 
 function showMessages() {
-  views.clear();
+  const before = new Map(views);
   const shown = path(chat);
-  for (const index of shown) views.set(index, view(index));
+  views.clear();
+  for (const index of shown) {
+    const { length } = versions(chat, index);
+    const old = before.get(index);
+    // What has not changed stays as the reader has left it, with its thoughts unfolded.
+    views.set(index, old?.node === chat.nodes[index] && old.length === length ? old : view(index));
+  }
   $("#messages").replaceChildren(...[...views.values()].map(({ element }) => element));
   $("#welcome").hidden = shown.length > 0;
   showRunning();
@@ -102,8 +108,9 @@ function showMessages() {
 function view(index) {
   const all = versions(chat, index);
   const at = all.indexOf(index);
-  return messageView(chat.nodes[index], [at + 1, all.length], {
-    edit: (text) => ask(text, chat.nodes[index].parent),
+  const node = chat.nodes[index];
+  const shown = messageView(node, [at + 1, all.length], {
+    edit: (text) => ask(text, node.parent),
     again: () => again(index),
     running: () => runs.get(chat.id)?.index === index,
     show(step) {
@@ -113,6 +120,7 @@ function view(index) {
       showMessages();
     },
   });
+  return { ...shown, node, length: all.length };
 }
 
 function showRunning() {

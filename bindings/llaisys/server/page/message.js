@@ -63,7 +63,7 @@ function answerView(node, version, actions) {
   const body = h("div", { class: "markdown" });
   const wait = h("div", { class: "wait", role: "img", "aria-label": "Waiting for the first word" });
   const note = h("div", { class: "note", hidden: true });
-  const stats = h("span", { class: "stats" });
+  const stats = h("span", { class: "stats", title: STATS });
   const tools = h("div", { class: "tools" },
     versionSwitch(version, actions.show),
     copyButton("Copy answer", () => node.content),
@@ -78,8 +78,8 @@ function answerView(node, version, actions) {
     think.hidden = !node.reasoning;
     if (node.reasoning) {
       views.thoughts.show(node.reasoning);
-      const seconds = `${((node.stats?.thought ?? 0) / 1000).toFixed(1)} s`;
-      summary.textContent = running && !node.content ? `Thinking … ${seconds}` : `Thought for ${seconds}`;
+      const time = duration(node.stats?.thought ?? 0);
+      summary.textContent = running && !node.content ? `Thinking … ${time}` : `Thought for ${time}`;
     }
     views.body.show(node.content);
     wait.hidden = !running || Boolean(node.content || node.reasoning);
@@ -100,6 +100,8 @@ function answerView(node, version, actions) {
   return { element, update };
 }
 
+const STATS = "Tokens of the answer, their rate, the time to the first one, and how much of the prompt was in the cache";
+
 function noteText(node) {
   switch (node.finish) {
     case undefined:
@@ -117,13 +119,15 @@ function noteText(node) {
   }
 }
 
+const duration = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`);
+
 function statsText(stats) {
   if (!stats) return "";
   const { ttft, rate, prompt, cached, completion } = stats;
   return [
     completion && `${completion} tokens`,
     rate && `${rate < 100 ? rate.toFixed(1) : Math.round(rate)} tokens/s`,
-    ttft && `first after ${ttft < 1000 ? `${Math.round(ttft)} ms` : `${(ttft / 1000).toFixed(1)} s`}`,
-    cached != null && prompt && `${cached} of ${prompt} prompt tokens cached`,
+    ttft && `${duration(ttft)} to the first`,
+    cached != null && prompt && `${cached} of ${prompt} cached`,
   ].filter(Boolean).join(" · ");
 }

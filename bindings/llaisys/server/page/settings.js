@@ -7,10 +7,10 @@ const NUMBERS = ["temperature", "top_p", "top_k", "max_tokens", "seed"];
 /** Settings as they were remembered, or none. */
 export function readSettings(text) {
   try {
-    const { system, sampling } = JSON.parse(text);
-    return { system: String(system ?? ""), sampling: { ...sampling } };
+    const { system, think, sampling } = JSON.parse(text);
+    return { system: String(system ?? ""), think: String(think ?? ""), sampling: { ...sampling } };
   } catch {
-    return { system: "", sampling: {} };
+    return { system: "", think: "", sampling: {} };
   }
 }
 
@@ -36,12 +36,13 @@ export function settingsDialog(save) {
     const sampling = {};
     for (const name of NUMBERS) if (fields[name].value !== "") sampling[name] = fields[name].valueAsNumber;
     dialog.close();
-    save({ system: fields.system.value.trim(), sampling }, fields.key.value.trim());
+    save({ system: fields.system.value.trim(), think: fields.think.value, sampling }, fields.key.value.trim());
   });
 
   return (settings, key, problem = "") => {
     if (dialog.open) return;
     fields.system.value = settings.system;
+    fields.think.value = settings.think;
     for (const name of NUMBERS) fields[name].value = settings.sampling[name] ?? "";
     fields.key.value = key;
     tell(problem);
