@@ -85,6 +85,7 @@ class Stub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.key = key
         self.asked: list[dict[str, Any]] = []  # bodies of chat completions
+        self.sessions: list[str] = []  # their X-Session-Id
         self.aborted = 0  # answers whose reader went away
         self.is_loading = False
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -117,6 +118,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self._may_enter():
             self.server.asked.append(body)
+            self.server.sessions.append(self.headers["X-Session-Id"])
             self._answer(body["messages"])
 
     def _may_enter(self) -> bool:

@@ -13,7 +13,7 @@ export async function answer(chat, index, { model, key, signal, changed }) {
   const node = chat.nodes[index];
   const clock = new Clock();
   try {
-    for await (const chunk of stream(request(chat, node.parent, model), key, signal)) {
+    for await (const chunk of stream(request(chat, node.parent, model), chat.id, key, signal)) {
       const [choice] = chunk.choices ?? [];
       const { content = "", reasoning_content: reasoning = "" } = choice?.delta ?? {};
       if (reasoning) node.reasoning = (node.reasoning ?? "") + reasoning;

@@ -28,11 +28,12 @@ export async function models(key) {
   return (await response.json()).data;
 }
 
-/** Yields the chunks of a streamed answer. */
-export async function* stream(body, key, signal) {
+/** Yields the chunks of a streamed answer. session names what shares a cached prefix, for a balancer to hash. */
+export async function* stream(body, session, key, signal) {
   const response = await request("v1/chat/completions", key, {
     method: "POST",
     signal,
+    headers: { "X-Session-Id": session },
     body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
   });
   for await (const data of events(response.body)) {
@@ -45,7 +46,7 @@ export async function* stream(body, key, signal) {
 }
 
 async function request(address, key, options = {}) {
-  const headers = { "Content-Type": "application/json" };
+  const headers = { "Content-Type": "application/json", ...options.headers };
   if (key) headers.Authorization = `Bearer ${key}`;
   let response;
   try {

@@ -127,7 +127,7 @@ function statsText(stats) {
   return [
     completion && `${completion} tokens`,
     rate && `${rate < 100 ? rate.toFixed(1) : Math.round(rate)} tokens/s`,
-    ttft && `${duration(ttft)} to the first`,
+    ttft && `TTFT ${duration(ttft)}`,
     cached != null && prompt && `${cached} of ${prompt} cached`,
   ].filter(Boolean).join(" · ");
 }
