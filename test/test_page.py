@@ -172,14 +172,16 @@ def test_send_and_stream(page: Page, stub: Stub) -> None:
     expect(last(page)).to_contain_text("word3")
     assert "word1999" not in last(page).inner_text()
     assert last(page).get_attribute("aria-busy") == "true"
+    expect(last(page).locator(".stats")).to_have_text(re.compile(r"TTFT \d+ ms"))
     page.click("#stop")
-    ask(page, "Hello, you")
+    words = " ".join(f"w{i}" for i in range(50))
+    ask(page, words)
     expect(page.locator("#welcome")).to_be_hidden()
-    expect(last(page).locator(".markdown").last).to_have_text("You said: Hello, you")
+    expect(last(page).locator(".markdown").last).to_have_text(f"You said: {words}")
     stats = last(page).locator(".stats").inner_text()
-    assert re.fullmatch(
-        r"4 tokens · [\d.]+ tokens/s · TTFT \d+ ms · 80 of 120 cached", stats
-    ), stats
+    assert re.fullmatch(r"52 tokens · [\d.]+ tokens/s · TTFT \d+ ms · 80 of 120 cached", stats), (
+        stats
+    )
     assert last(page).get_attribute("aria-busy") == "false"
     assert [m["role"] for m in stub.asked[-1]["messages"]] == ["user", "assistant", "user"]
     assert stub.asked[-1]["stream_options"] == {"include_usage": True}
@@ -546,6 +548,9 @@ def ground(page: Page) -> list[int]:
 def test_phone(stub: Stub, open_page: Open) -> None:
     page = open_page(stub.url, viewport=PHONE, has_touch=True, is_mobile=True)
     expect(page.locator("#sidebar")).to_be_hidden()
+    page.fill("#question", "one")
+    page.keyboard.press("Enter")  # there is no Shift+Enter on a phone
+    assert not stub.asked
     page.fill("#question", "markdown")
     page.tap("#send")
     done(page)
@@ -619,6 +624,7 @@ def test_keyboard(page: Page, stub: Stub) -> None:
     ]
     assert order == [
         *expected,
+        "scroller",
         "Copy question",
         "Edit question",
         "Copy answer",
@@ -627,14 +633,31 @@ def test_keyboard(page: Page, stub: Stub) -> None:
     ]
 
 
-def test_everything_has_a_name(page: Page) -> None:
-    ask(page, "markdown")
-    page.click("#settings-open")
-    nameless = page.evaluate(
-        "[...document.querySelectorAll('button, input, textarea, select, a')].filter(e =>"
-        " !e.ariaLabel && !e.textContent.trim() && !e.labels?.length).map(e => e.outerHTML)"
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_accessible(stub: Stub, open_page: Open, theme: str) -> None:
+    """Names, roles, contrast and the like, by the rules of axe."""
+    axe = pytest.importorskip(
+        "axe_playwright_python", reason="the chat page: no axe-playwright-python"
     )
-    assert nameless == []
+    rules = next(Path(axe.__file__).parent.rglob("axe.min.js")).read_text(encoding="utf-8")
+    page = open_page(stub.url, color_scheme=theme)
+
+    def check() -> None:
+        page.evaluate(rules)
+        found = page.evaluate("axe.run()")["violations"]
+        assert [(v["id"], [n["target"] for n in v["nodes"]]) for v in found] == []
+
+    check()
+    for question in ("think", "markdown", "fail"):
+        ask(page, question)
+    page.click("summary")
+    check()
+    page.click("#settings-open")
+    check()
+    page.click("text=Cancel")
+    page.set_viewport_size(PHONE)
+    page.click("#menu")
+    check()
 
 
 # ---- the server itself ----

@@ -42,7 +42,7 @@ function request(chat, index, model) {
   if (system) messages.unshift({ role: "system", content: system });
   // Qwen's name for it; a template that knows no such switch takes no notice
   const template = think && { chat_template_kwargs: { enable_thinking: think === "on" } };
-  return { model, messages, ...sampling, ...template };
+  return { model: model || undefined, messages, ...sampling, ...template };
 }
 
 /** Times as the reader sees them, network and all; and the server's counts. */

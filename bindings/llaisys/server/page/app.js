@@ -2,7 +2,7 @@
 
 import { ApiError, health, models } from "./api.js";
 import { answer } from "./answer.js";
-import { $, grow, h, isEnter, say } from "./dom.js";
+import { $, grow, h, isSend, say } from "./dom.js";
 import { messageView } from "./message.js";
 import { readSettings, settingsDialog } from "./settings.js";
 import { sidebarView } from "./sidebar.js";
@@ -57,7 +57,10 @@ function show(next) {
   if (!PHONE.matches) question.focus();
 }
 
-const showTitle = () => (document.title = chat.title ? `${chat.title} - Refrain` : "Refrain");
+function showTitle() {
+  document.title = chat.title ? `${chat.title} - Refrain` : "Refrain";
+  $("#title").textContent = chat.title || "New chat";
+}
 
 /** The chat that the address names, or a new one. */
 function showAddressed() {
@@ -210,7 +213,7 @@ $("#stop").addEventListener("click", () => {
 });
 question.addEventListener("input", () => grow(question));
 question.addEventListener("keydown", (event) => {
-  if (!isEnter(event)) return;
+  if (!isSend(event)) return;
   event.preventDefault();
   $("#composer").requestSubmit();
 });

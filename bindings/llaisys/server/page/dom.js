@@ -67,6 +67,10 @@ export function grow(area) {
   area.style.height = `${area.scrollHeight + area.offsetHeight - area.clientHeight}px`;
 }
 
-/** Enter that is meant: not with Shift, and not the one that ends the input of a Chinese word. */
-export const isEnter = (event) =>
-  event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
+/** Enter that is meant: not the one that ends the input of a Chinese word, which Safari tells by its code alone. */
+export const isEnter = (event) => event.key === "Enter" && !event.isComposing && event.keyCode !== 229;
+
+const TOUCH = matchMedia("(pointer: coarse)");
+
+/** Enter that sends. On a touch screen, which has no Shift+Enter, it starts a line, and the button sends. */
+export const isSend = (event) => isEnter(event) && !event.shiftKey && !TOUCH.matches;

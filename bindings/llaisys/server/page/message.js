@@ -1,6 +1,6 @@
 // One message of the conversation, on the screen.
 
-import { copyButton, grow, h, icon, iconButton, isEnter } from "./dom.js";
+import { copyButton, grow, h, icon, iconButton, isSend } from "./dom.js";
 import { MarkdownView } from "./markdown.js";
 
 /**
@@ -42,7 +42,7 @@ function questionView(node, version, actions) {
       if (event.key === "Escape") {
         event.stopPropagation();
         close();
-      } else if (event.target === area && isEnter(event)) {
+      } else if (event.target === area && isSend(event)) {
         event.preventDefault();
         send();
       }
@@ -64,10 +64,11 @@ function answerView(node, version, actions) {
   const wait = h("div", { class: "wait", role: "img", "aria-label": "Waiting for the first word" });
   const note = h("div", { class: "note", hidden: true });
   const stats = h("span", { class: "stats", title: STATS });
+  const again = iconButton("again", "Regenerate", actions.again);
   const tools = h("div", { class: "tools" },
     versionSwitch(version, actions.show),
     copyButton("Copy answer", () => node.content),
-    iconButton("again", "Regenerate", actions.again),
+    again,
     stats);
   const element = h("li", { class: "assistant" }, h("h2", { class: "unseen" }, "Refrain"), think, body, wait, note, tools);
   const views = { thoughts: new MarkdownView(thoughts), body: new MarkdownView(body) };
@@ -83,7 +84,7 @@ function answerView(node, version, actions) {
     }
     views.body.show(node.content);
     wait.hidden = !running || Boolean(node.content || node.reasoning);
-    tools.hidden = running;
+    again.hidden = running;
     stats.textContent = statsText(node.stats);
     if (!running) showNote();
   }
