@@ -57,6 +57,8 @@ function* blocks(source) {
 
 const line = (text) => text.replace(/\r?\n$/, "");
 
+const itemOf = (text) => ITEM.exec(line(text));
+
 /** The block that starts at lines[i]. */
 function block(lines, i) {
   const first = line(lines[i]);
@@ -70,11 +72,8 @@ function block(lines, i) {
   }
   if (RULE.test(first)) return { end: i + 1, render: () => h("hr") };
   if (QUOTE.test(first)) return quote(lines, i);
-  if (ITEM.test(first)) return list(lines, i);
-  if ((match = FORMULA.exec(first))) {
-    const end = formulaEnd(lines, i, match);
-    if (end) return { end, render: () => h("pre", { class: "math" }, lines.slice(i, end).join("").trim()) };
-  }
+  if (itemOf(first)) return list(lines, i);
+  if ((match = FORMULA.exec(first))) return formula(lines, i, match);
   if (isTable(lines, i)) return table(lines, i);
   return paragraph(lines, i);
 }
@@ -95,12 +94,14 @@ function codeBlock(code, language) {
     h("pre", { tabindex: "0" }, h("code", {}, code)));
 }
 
-function formulaEnd(lines, i, [opening, mark]) {
+/** Up to the line that closes it, or to a blank one. */
+function formula(lines, i, [opening, mark]) {
   const close = mark === "$$" ? "$$" : "\\]";
-  for (let end = i; end < lines.length && !BLANK.test(lines[end]); end++) {
-    if (lines[end].includes(close, end === i ? opening.length : 0)) return end + 1;
-  }
-  return 0;
+  const closes = (j) => lines[j].includes(close, j === i ? opening.length : 0);
+  let end = i;
+  while (end < lines.length && !BLANK.test(lines[end]) && !closes(end)) end++;
+  if (end < lines.length && closes(end)) end++;
+  return { end, render: () => h("pre", { class: "math" }, lines.slice(i, end).join("").trim()) };
 }
 
 function quote(lines, i) {
@@ -111,7 +112,7 @@ function quote(lines, i) {
 }
 
 function list(lines, i) {
-  const [, , marker] = ITEM.exec(lines[i]);
+  const [, , marker] = itemOf(lines[i]);
   const kind = marker.at(-1);
   const items = [];
   let end = i;
@@ -119,7 +120,7 @@ function list(lines, i) {
   let nested = Infinity; // models indent what belongs to "1." by 2 or by 3
   while (end < lines.length) {
     const text = lines[end];
-    const match = ITEM.exec(text);
+    const match = itemOf(text);
     const lead = text.search(/\S/);
     if (lead >= nested) {
       items.at(-1).push(text.slice(Math.min(indent, lead)));
@@ -129,7 +130,7 @@ function list(lines, i) {
       items.push([text.slice(indent) || "\n"]);
     } else if (BLANK.test(text)) {
       const next = lines.slice(end, end + 3).find((other) => !BLANK.test(other));
-      const more = next && (next.search(/\S/) >= nested || ITEM.exec(next)?.[2].at(-1) === kind);
+      const more = next && (next.search(/\S/) >= nested || itemOf(next)?.[2].at(-1) === kind);
       if (!more) break;
       items.at(-1).push("\n");
     } else if (!BLANK.test(lines[end - 1]) && !interrupts(lines, end)) {
@@ -176,7 +177,7 @@ function table(lines, i) {
 /** Whether the block at lines[i] ends a paragraph without a blank line. */
 function interrupts(lines, i) {
   const text = line(lines[i]);
-  const item = ITEM.exec(text);
+  const item = itemOf(text);
   // "1984." at the start of a line of prose is no list
   if (item) return !/\d/.test(item[2]) || parseInt(item[2], 10) === 1;
   return FENCE.test(text) || HEADING.test(text) || RULE.test(text) || QUOTE.test(text) || isTable(lines, i);
