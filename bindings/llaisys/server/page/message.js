@@ -79,8 +79,9 @@ function answerView(node, version, actions) {
     think.hidden = !node.reasoning;
     if (node.reasoning) {
       views.thoughts.show(node.reasoning);
-      const time = duration(node.stats?.thought ?? 0);
-      summary.textContent = running && !node.content ? `Thinking … ${time}` : `Thought for ${time}`;
+      // a short thought may come in one piece with the answer
+      const time = node.stats?.thought >= 1 ? ` for ${duration(node.stats.thought)}` : "";
+      summary.textContent = (running && !node.content ? "Thinking" : "Thought") + time;
     }
     views.body.show(node.content);
     wait.hidden = !running || Boolean(node.content || node.reasoning);
