@@ -37,7 +37,7 @@ BACKLOG = 1024
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class ServeError(RuntimeError):
+class ServeError(OSError):
     """The server could not start; one line that says why."""
 
 
