@@ -62,6 +62,7 @@ def serve(config: Config, begun: float | None = None) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # names of clients that others could forge
             backlog=BACKLOG,
             limit_concurrency=config.max_connections,
             timeout_graceful_shutdown=2,
