@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +21,8 @@ ENGINE = {
     "mixed_rows": "tokens of a step in which a request decodes",
 }
 SECONDS = {
+    "header_timeout": "the headers of a request may take, 10",
+    "body_timeout": "the body of a request may take, 30",
     "request_timeout": "a whole answer may take, 600",
     "stall_timeout": "a client may leave its answer unread, 60",
     "drain_timeout": "answers under way may take once the server is told to end, 30",
@@ -74,8 +75,6 @@ def _serve(
         if limits.get(name, 1) <= 0:
             raise ValueError(f"{_option(name)}: expected above 0, found {limits[name]}")
     keys = _keys(args.api_key_file)
-    if not keys and args.host not in ("127.0.0.1", "::1", "localhost"):
-        print("llaisys: warning: whoever reaches this port may ask: no API key", file=sys.stderr)
     config = Config(
         str(args.model or model()),
         {**options(args), **{name: given[name] for name in ENGINE}},

@@ -84,7 +84,9 @@ class Model:
 
     async def chat(self, request: ChatRequest) -> Prepared:
         self._check(request)
-        size = sum(_size(message) for message in request.messages)
+        size = sum(map(_size, request.messages))
+        if request.chat_template is not None:
+            size += INLINE  # it may take all the time that it is given
         text, ids = await self._run(size, self._chat_ids, request)
         prepared = self._prepared(request, [ids], _either(request))
         if self.thinks:
@@ -312,10 +314,11 @@ def _small(ids: Sequence[int], vocab: int) -> list[int]:
 
 
 def _size(message: Message) -> int:
+    """About how much work a message is, in characters."""
     content = message.content
     if isinstance(content, list):
-        return sum(len(part.text) for part in content if isinstance(part, TextPart))
-    return len(content or "")
+        return sum(len(part.text) + 50 for part in content if isinstance(part, TextPart))
+    return len(content or "") + 50
 
 
 def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import errno
 import gc
-import os
+import logging
 import signal
 import socket
 import sys
@@ -179,6 +179,8 @@ class _Runner:
             file=sys.stderr,
             flush=True,
         )
+        if not self.config.api_keys and not host.startswith(("127.", "[::1]")):
+            log("whoever reaches this port may ask: there is no API key", logging.WARNING)
 
     async def _wait(self, serving: asyncio.Task[Any]) -> None:
         told = asyncio.ensure_future(self._told.wait())
@@ -204,6 +206,8 @@ class _Runner:
 
 def _bind(host: str, port: int) -> socket.socket:
     """A listening socket; connections wait in it until the server takes them."""
+    if not 0 <= port < 65536:
+        raise ServeError(f"port {port}: expected 0 to 65535")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
@@ -221,7 +225,7 @@ def _bind(host: str, port: int) -> socket.socket:
             raise ServeError(
                 f"{host}:{port} is in use by another program: choose another --port"
             ) from error
-        text = os.strerror(error.errno) if getattr(error, "errno", 0) else str(error)
+        text = getattr(error, "strerror", None) or str(error)
         raise ServeError(f"{host}:{port}: {text}") from error
     listener.setblocking(False)
     return listener
