@@ -9,7 +9,9 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ sys.path[:0] = [str(ROOT / "bindings"), str(ROOT / "test")]
 
 pytest.importorskip("rich")
 pytest.importorskip("uvicorn")
-from llaisys.chat import _split_blocks
+from llaisys.chat import Local, _split_blocks
 from server_utils import ENVIRONMENT, MINI, Served, command
 
 SUM, ANSWER = "What is 12 + 30?", "12 + 30 = 42."
@@ -47,6 +49,18 @@ def chat(arguments, *lines, key=None, cwd=ROOT):
     return done.stdout
 
 
+def start(*arguments):
+    return subprocess.run(
+        command("chat", *arguments),
+        input="",
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
 LOCAL = (MINI, "--device", "cpu", "--threads", "1")
 
 
@@ -56,7 +70,12 @@ def test_conversation(server, tmp_path, kind):
     arguments = (*arguments, "--temperature", "0")
     out = chat(
         arguments,
-        *("My name is Ann.", "What is my name?", "/regenerate", "/edit What is 7 + 5?"),
+        *(
+            "My favourite colour is green.",
+            "What is my favourite colour?",
+            "/regenerate",
+            "/edit What is 7 + 5?",
+        ),
         *('"""', "What is", "12 + 30?", '"""', "/save kept.json"),
         *("/set think on", "/edit What is 12 + 30?", "/set think", "/nonsense", "/set top_p x"),
         *("/new", "/regenerate", "/load kept.json", "/show", "/quit", "never read"),
@@ -68,7 +87,7 @@ def test_conversation(server, tmp_path, kind):
         *("Ones:", "a new chat", "nothing has been asked yet", "6 messages loaded"),
     ):
         assert words in out, (words, out)
-    assert out.count("Ann") >= 3  # remembered, and again when regenerated, and shown
+    assert out.count("Your favourite colour is green.") >= 2  # and again when regenerated
     assert re.search(r"\d+ tokens, \d+ tokens/s, TTFT \d+ ms, \d+ of \d+ prompt tokens cached", out)
     assert "never read" not in out
     kept = json.loads((tmp_path / "kept.json").read_text(encoding="utf-8"))
@@ -108,15 +127,13 @@ def test_errors_do_not_end_it(server):
     ],
 )
 def test_bad_command_lines(arguments, message):
-    options = {"env": ENVIRONMENT, "capture_output": True, "text": True, "check": False}
-    done = subprocess.run(command("chat", *arguments), input="", timeout=60, **options)
+    done = start(*arguments)
     assert done.returncode == 1
     assert re.fullmatch(rf"llaisys: error: .*{re.escape(message)}.*\n", done.stderr), done.stderr
 
 
 def test_no_key(server):
-    options = {"env": ENVIRONMENT, "capture_output": True, "text": True, "check": False}
-    done = subprocess.run(command("chat", "--url", server.url), input="", timeout=60, **options)
+    done = start("--url", server.url)
     assert done.returncode == 1
     assert "401: no valid API key" in done.stderr
 
@@ -136,7 +153,7 @@ class Terminal:
         environment["XDG_STATE_HOME"] = str(home)
         self.pid, self.fd = pty.fork()
         if not self.pid:
-            os.chdir(ROOT)
+            os.chdir(home)
             os.execve(sys.executable, [str(a) for a in arguments], environment)
         self.seen = ""
 
@@ -156,53 +173,111 @@ class Terminal:
         before, _, self.seen = self.seen.partition(words)
         return before
 
+    def status(self, timeout=20):
+        """The exit status; what is still shown is thrown away."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.pid = None
+                return os.waitstatus_to_exitcode(status)
+            with contextlib.suppress(OSError):
+                if select.select([self.fd], [], [], 0.1)[0]:
+                    os.read(self.fd, 1 << 16)
+        raise AssertionError("it does not end")
+
     def end(self):
+        if self.pid is None:
+            os.close(self.fd)
+            return
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         os.close(self.fd)
         os.waitpid(self.pid, 0)
 
 
-@pytest.mark.parametrize("kind", ["local", "remote"])
-def test_interrupt_stops_the_answer_alone(server, tmp_path, kind):
-    arguments = LOCAL if kind == "local" else ("--url", server.url)
-    terminal = Terminal(command("chat", *arguments), tmp_path)
+class Endless(BaseHTTPRequestHandler):
+    """A server whose answers have no end; gone is set when a client leaves one."""
+
+    gone = threading.Event()
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"data": [{"id": "endless"}]}')
+
+    def do_POST(self):
+        self.send_response(200)
+        self.end_headers()
+        text = {"choices": [{"index": 0, "delta": {"content": "words, "}, "finish_reason": None}]}
+        try:
+            while True:
+                self.wfile.write(f"data: {json.dumps(text)}\n\n".encode())
+                time.sleep(0.01)
+        except OSError:
+            self.gone.set()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_interrupt_stops_the_answer_alone(tmp_path):
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    terminal = Terminal(command("chat", "--url", f"127.0.0.1:{http.server_port}"), tmp_path)
     try:
         terminal.wait_for("/help lists the commands")
-        terminal.wait_for("> ")
+        terminal.wait_for(">")
         terminal.type("\x03")  # at the prompt: nothing
+        for _ in range(2):
+            terminal.type("Go on\r")
+            terminal.wait_for("words, words")
+            terminal.type("\x03")
+            terminal.wait_for("(stopped)")
+            assert Endless.gone.wait(5)
+            Endless.gone.clear()
+        terminal.type("/save kept\x1b\r.json\r")  # Alt-Enter begins a line
+        terminal.wait_for("4 messages saved to kept")
+        terminal.wait_for(">")
+        terminal.type("\x04")
+        assert terminal.status() == 0
+    finally:
+        terminal.end()
+        http.shutdown()
+    assert "+Go on" in (tmp_path / "llaisys" / "chat_history").read_text(encoding="utf-8")
+    assert (tmp_path / "kept\n.json").exists()
+
+
+def test_talk_in_a_terminal(tmp_path):
+    terminal = Terminal(command("chat", *LOCAL, "--temperature", "0"), tmp_path)
+    try:
+        terminal.wait_for("/help lists the commands")
+        terminal.wait_for(">")
         terminal.type(f"{SUM}\r")
         terminal.wait_for(ANSWER)
         terminal.wait_for("TTFT")
-        # noise does not end by itself before it has filled the context
-        terminal.type("/set temperature 2\r")
-        terminal.wait_for("settings: temperature 2")
-        for _ in range(20):
-            terminal.type("Tell me all that you know\r")
-            time.sleep(0.05)
-            terminal.type("\x03")
-            terminal.wait_for("> ")
-            if "(stopped)" in terminal.seen or "(stopped)" in terminal.wait_for("> ", 5):
-                break
-        terminal.type("/set temperature 0\r")
-        terminal.wait_for("settings: temperature 0")
-        terminal.type("/new\r")
-        terminal.wait_for("a new chat")
-        terminal.type("What is\x1b\r12 + 30?\r")  # Alt-Enter
-        terminal.wait_for(ANSWER)
-        terminal.type("\x04")
-        deadline = time.monotonic() + 20
-        while os.waitpid(terminal.pid, os.WNOHANG) == (0, 0):
-            assert time.monotonic() < deadline
-            with contextlib.suppress(OSError):
-                select.select([terminal.fd], [], [], 0.1)
-                os.read(terminal.fd, 1 << 16)
-        terminal.pid = os.spawnlp(os.P_NOWAIT, "true", "true")  # for end() to wait for
+        terminal.type("/edit\r")
+        terminal.wait_for(SUM)  # stands there, to be changed
+        terminal.type("\x15What is 7 + 5?\r")
+        terminal.wait_for("7 + 5 = 12.")
+        terminal.type("/quit\r")
+        assert terminal.status() == 0
     finally:
         terminal.end()
-    assert SUM in (tmp_path / "llaisys" / "chat_history").read_text(encoding="utf-8")
-    if kind == "remote":
-        server.idle(timeout=5)
+
+
+def test_leaving_a_local_answer():
+    """What the engine computed of it stays in the cache, and nothing goes on."""
+    with Local(str(MINI), {"threads": 1}) as local:
+        body = {"messages": [{"role": "user", "content": "Tell me all that you know"}]}
+        for _ in range(20):
+            stream = local.stream({**body, "temperature": 2})
+            next(stream)
+            stream.close()
+            assert local._engine.stats()["kv_active"] == 0
+        assert local._engine.stats()["finished"]["cancelled"] > 0
+        pieces = list(local.stream({**body, "temperature": 0}))
+        assert pieces[-1].finish == "stop"
 
 
 def test_blocks_of_markdown():
