@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -555,3 +556,40 @@ def test_api_key_and_cors(tmp_path):
 def test_no_cors_unasked(server):
     _, headers, _ = server.ask("/v1/models", headers={"origin": "https://chat.example"})
     assert "access-control-allow-origin" not in headers
+
+
+# ---- the README ----
+
+
+def test_readme(tmp_path):
+    """Its commands and its program, word for word but for the build and the port."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = re.search(r"\n## Serve\n(.*?)\n## ", text, re.DOTALL)[1]
+    (script,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    (program,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    pytest.importorskip("openai", reason="NOT TESTED: the openai package is missing")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    (tmp_path / "program.py").write_text(program.replace("8000", port), encoding="utf-8")
+    _build, activate, *rest = script.replace("8000", port).splitlines()
+    assert activate == ". .venv/bin/activate; export PYTHONPATH=bindings"
+    *rest, end = rest
+    assert end.startswith("kill %1; wait %1")
+    # a python first on PATH, as the one that activate puts there
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n', encoding="utf-8")
+    (tmp_path / "python").chmod(0o755)
+    lines = ["set -e", f'export PATH="{tmp_path}:$PATH" PYTHONPATH=bindings', *rest]
+    lines += [f"python {tmp_path}/program.py", end]
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(lines)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.count("12 + 30 = 42.") == 2
+    assert "7 + 5 = 12." in done.stdout
+    assert "drained" in done.stderr
