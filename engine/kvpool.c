@@ -168,6 +168,7 @@ size_t lla_kvpool_match(struct lla_kvpool *pool, struct lla_kvseq *seq, const in
         seq->blocks[seq->nknown++] = b;
         seq->name = pool->blocks[b].name;
     }
+    assert(pool->nfree + pool->ncached + pool->nactive == pool->total);
     return found;
 }
 

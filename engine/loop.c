@@ -62,7 +62,8 @@ static void copy_stats(struct LlaisysEngine *e) {
 
 /* ---- the turns ---- */
 
-/* Under the lock: takes in what others have asked for. */
+/* Under the lock: takes in what others have asked for. The lock has not been released since the last step was told of,
+ * so that a cancelled request that has ended since is still that request. */
 static void take_requests(struct LlaisysEngine *e, int64_t now) {
     for (struct lla_request *r = e->inbox.first, *next; r; r = next) {
         next = r->next;

@@ -193,7 +193,7 @@ static size_t grant_decode(struct lla_scheduler *s) {
     for (size_t i = 0; i < s->nrunning; i++) {
         struct lla_seq *seq = s->running[i];
         seq->grant = tokens_left(seq) == 1 && make_room(s, i);
-        if (seq->state == LLA_SEQ_RUNNING) rows += seq->grant;
+        rows += seq->grant;
     }
     return rows;
 }

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import libllaisys
+from .engine import plan as engine_plan
 from .libllaisys import DataType, DeviceType, LlaisysError
 from .models import Qwen2, plan
 from .runtime import RuntimeAPI
@@ -142,7 +143,12 @@ def _read_messages(file: str) -> Any:
 
 def _plan(args: argparse.Namespace) -> None:
     path = args.model or _default_model()
-    text = plan(path, format=args.format, **_model_options(args))
+    options = _model_options(args) | {"format": args.format}
+    sizes = {"max_seqs": args.max_seqs, "kv_tokens": args.kv_tokens}
+    if sizes == {"max_seqs": None, "kv_tokens": None}:
+        text = plan(path, **options)
+    else:
+        text = engine_plan(path, **options, **sizes)
     text = text if text.endswith("\n") else text + "\n"
     if args.output is None:
         sys.stdout.write(text)
@@ -220,6 +226,12 @@ def _parser() -> argparse.ArgumentParser:
 
     planner = commands.add_parser("plan", help="show where every byte of memory goes")
     _add_model(planner)
+    planner.add_argument(
+        "--max-seqs", type=int, metavar="N", help="of an engine for N requests at once"
+    )
+    planner.add_argument(
+        "--kv-tokens", type=int, metavar="N", help="of an engine with a KV cache of N tokens"
+    )
     formats = planner.add_mutually_exclusive_group()
     for name in ("json", "svg"):
         formats.add_argument(

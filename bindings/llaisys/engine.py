@@ -28,7 +28,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .libllaisys import LIB_LLAISYS, DataType, DeviceType, LlaisysError, LlaisysQwen2Meta
+from .libllaisys import (
+    LIB_LLAISYS,
+    DataType,
+    DeviceType,
+    LlaisysError,
+    LlaisysQwen2Meta,
+    LlaisysQwen2Options,
+)
 from .libllaisys.engine import (
     EngineBusy,
     EngineClosed,
@@ -44,9 +51,26 @@ from .models.qwen2 import _options, _sampling
 if TYPE_CHECKING:
     from typing import Self  # Python 3.11
 
-__all__ = ["Answer", "Engine", "EngineBusy", "EngineClosed", "Request", "RequestError", "Stream"]
+__all__ = [
+    "Answer",
+    "Engine",
+    "EngineBusy",
+    "EngineClosed",
+    "Request",
+    "RequestError",
+    "Stream",
+    "plan",
+]
 
 EVENTS = 64  # read with one call
+_USAGE = (
+    "prompt_tokens",
+    "cached_tokens",
+    "preemptions",
+    "queued_s",
+    "first_token_s",
+    "finished_s",
+)
 
 
 @dataclass
@@ -122,18 +146,15 @@ class Engine:
         self._engine = None
         self._sinks: dict[int, Callable[[LlaisysEvent], None]] = {}  # by request
         self._loop: asyncio.AbstractEventLoop | None = None  # which waits for the descriptor
-        sizes = {
-            "max_seqs": max_seqs,
-            "kv_tokens": kv_tokens,
-            "kv_block": kv_block,
-            "max_queue": max_queue,
-            "mixed_rows": mixed_rows,
-        }
-        for name, value in sizes.items():
-            if value is not None and not 0 < value < 2**31:
-                raise ValueError(f"{name}: expected 1 to 2**31 - 1, found {value}")
         model = _options(device, device_ids, max_seq, prefill_chunk, threads, dtype, progress)
-        options = LlaisysEngineOptions(model=model, **{k: v or 0 for k, v in sizes.items()})
+        options = _engine_options(
+            model,
+            max_seqs=max_seqs,
+            kv_tokens=kv_tokens,
+            kv_block=kv_block,
+            max_queue=max_queue,
+            mixed_rows=mixed_rows,
+        )
         self._events = (LlaisysEvent * EVENTS)()
         self._count = ctypes.c_size_t()  # of those, read by the last call
         self._next = 0  # of those, the first not handed out yet
@@ -355,8 +376,11 @@ class Engine:
         return self._count.value
 
     def _on_readable(self) -> None:
-        while self._pump(0):  # the last, empty one gives ended requests' memory back
-            pass
+        # An empty poll gives ended requests' memory back; events that never end come back here
+        # after the loop's other tasks have had their turn.
+        for _ in range(4):
+            if not self._pump(0):
+                break
         if not self._sinks:
             self._forget_loop()
 
@@ -432,14 +456,49 @@ class Stream:
             self._waiter.set_result(None)
 
 
+def plan(
+    model_path: str | os.PathLike[str],
+    device: DeviceType = DeviceType.CPU,
+    *,
+    format: str = "text",
+    device_ids: Sequence[int] | None = None,
+    max_seq: int | None = None,
+    max_seqs: int | None = None,
+    kv_tokens: int | None = None,
+    kv_block: int | None = None,
+    prefill_chunk: int | None = None,
+    threads: int | None = None,
+    dtype: DataType | None = None,
+) -> str:
+    """Where every byte of an engine's arena would lie, without loading it: "text", "json", "svg".
+
+    The options are those of Engine.
+    """
+    model = _options(device, device_ids, max_seq, prefill_chunk, threads, dtype, False)
+    options = _engine_options(model, max_seqs=max_seqs, kv_tokens=kv_tokens, kv_block=kv_block)
+    text = LIB_LLAISYS.llaisysEnginePlan(
+        os.fsencode(model_path), ctypes.byref(options), format.encode()
+    )
+    try:
+        return ctypes.string_at(text).decode()
+    finally:
+        LIB_LLAISYS.llaisysFreeString(text)
+
+
+def _engine_options(model: LlaisysQwen2Options, **sizes: int | None) -> LlaisysEngineOptions:
+    for name, value in sizes.items():
+        if value is not None and not 0 < value < 2**31:  # ctypes would wrap it around
+            raise ValueError(f"{name}: expected 1 to 2**31 - 1, found {value}")
+    return LlaisysEngineOptions(model=model, **{k: v or 0 for k, v in sizes.items()})
+
+
 def _take(answer: Answer, event: LlaisysEvent) -> list[int]:
     """Adds an event to an answer and returns its tokens."""
     tokens = event.tokens[: event.ntoken]
+    if event.finish or not answer.tokens:  # what does not change in between
+        for name in _USAGE:
+            setattr(answer, name, getattr(event, name))
     answer.tokens += tokens
-    for name in ("prompt_tokens", "cached_tokens", "preemptions"):
-        setattr(answer, name, getattr(event, name))
-    for name in ("queued_s", "first_token_s", "finished_s"):
-        setattr(answer, name, getattr(event, name))
     if event.finish:
         answer.finish = Finish(event.finish).name.lower()
         answer.message = event.message.decode("utf-8", "replace") if event.message else None

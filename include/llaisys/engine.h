@@ -84,7 +84,7 @@ struct LlaisysRequest {
     int logprobs;
     /* for the caller and the scheduler */
     uint64_t tag;        /* comes back in every event */
-    int priority;        /* higher goes first, always; equal ones in order of arrival */
+    int priority;        /* higher leaves the queue first, always, and gives way last; equal ones by arrival */
     int no_cache;        /* 1: the prefix cache is neither used nor filled */
     uint64_t cache_salt; /* requests share cached prefixes only with those of the same salt */
 };
@@ -123,6 +123,8 @@ struct LlaisysEngine;
 
 /* Opens a folder in transformers' format; options may be NULL. NULL on failure. */
 LLAISYS_API struct LlaisysEngine *llaisysEngineOpen(const char *path, const struct LlaisysEngineOptions *options);
+/* As llaisysQwen2Plan, of an engine: where every byte of its arena would lie. */
+LLAISYS_API char *llaisysEnginePlan(const char *path, const struct LlaisysEngineOptions *options, const char *format);
 /* As Stop, and frees the engine; events that were not polled are lost. NULL is allowed. */
 LLAISYS_API void llaisysEngineClose(struct LlaisysEngine *engine);
 
