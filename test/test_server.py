@@ -297,12 +297,12 @@ def test_request_ids_and_log(server):
 
 
 def test_disconnects(server):
-    """Hundreds that go away in prefill, in decode or while they wait: nothing is left of them."""
+    """A thousand that go away in prefill, in decode or while they wait: nothing is left of them."""
     rng = random.Random(1)
     server.idle()
     finished = server.metric("vllm:request_success_total")
     accepted = 0
-    for _ in range(10):
+    for _ in range(25):
         socks = []
         for number in range(40):
             body = {**LONG, "prompt": [rng.randrange(300) for _ in range(rng.choice((3, 600)))]}

@@ -4,11 +4,11 @@
     PYTHONPATH=bindings python tools/load.py                          # 64 streams at once
     PYTHONPATH=bindings python tools/load.py --rate 10 --requests 100 # arrivals at random
 
-The engine's own run reads its events in a bare loop in C's and ctypes' hands. The server runs in a
+The engine's own run reads its events in a bare loop. The server runs in a
 process of its own, as it does in earnest; clients run in another. Both get prompts of random
 tokens, no end tokens, greedy, and a fresh prefix cache. Rounds alternate, so that a machine that is
-busy with other things disturbs both. CPU: the server's time beside the engine's threads, found by
-thread name under /proc, per token.
+busy with other things disturbs both. python_us_per_token is CPU time of the server's main thread,
+where all of its Python runs, whole requests included.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import select
 import socket
 import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,9 +42,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(ROOT / "models" / "refrain-mini"))
     parser.add_argument("--streams", type=int, default=64, help="at once, without --rate")
-    parser.add_argument("--requests", type=int, default=128)
+    parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=32, help="tokens")
-    parser.add_argument("--new", type=int, default=128, help="tokens of an answer")
+    parser.add_argument("--new", type=int, default=256, help="tokens of an answer")
     parser.add_argument("--rate", type=float, default=0, help="requests a second, Poisson")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="of the engine")
@@ -133,6 +135,7 @@ def run_engine(args: argparse.Namespace, load: Load) -> dict[str, float]:
     steps = after["steps"] - before["steps"]
     result = result_of(seconds, len(load) * args.new, first, gaps)
     result["step_ms"] = 1000 * (after["step_s"] - before["step_s"]) / steps
+    result["rows_per_step"] = (after["rows"] - before["rows"]) / steps
     return result
 
 
@@ -146,16 +149,26 @@ def warm_up(engine: Engine) -> None:
 def run_server(args: argparse.Namespace, load: Load) -> dict[str, float]:
     with serving(args) as (process, port):
         asyncio.run(run_clients(args, load[: args.streams], port, 8))  # warm up
-        before = cpu_seconds(process.pid)
+        before, counted = cpu_seconds(process.pid), counts(port)
         begun = time.perf_counter()
         first, gaps, events = asyncio.run(run_clients(args, load, port, args.new))
         seconds = time.perf_counter() - begun
         after = cpu_seconds(process.pid)
+        steps, rows, step_s = (b - a for a, b in zip(counted, counts(port), strict=True))
     tokens = len(load) * args.new
     result = result_of(seconds, tokens, first, gaps)
     result["python_us_per_token"] = 1e6 * (after - before) / tokens
     result["tokens_per_event"] = tokens / max(events, 1)
+    result["step_ms"], result["rows_per_step"] = 1000 * step_s / steps, rows / steps
     return result
+
+
+def counts(port: int) -> list[float]:
+    """The engine's steps, rows and seconds in steps since it was opened."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
+        text = response.read().decode()
+    names = ("steps", "step_rows", "step_seconds")
+    return [float(re.search(rf"^llaisys:{n}_total.* (\S+)$", text, re.MULTILINE)[1]) for n in names]
 
 
 @contextlib.contextmanager
@@ -268,10 +281,22 @@ def summarize(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, fl
 def tell(summary: dict[str, dict[str, float]]) -> Iterator[str]:
     engine, server = summary["engine"], summary["server"]
     lost = 1 - server["tokens_per_s"] / engine["tokens_per_s"]
-    yield f"medians: engine {engine['tokens_per_s']:.0f} tokens/s in steps of {engine['step_ms']:.2f} ms, "
-    yield f"server {server['tokens_per_s']:.0f} tokens/s: {100 * lost:.1f}% less"
-    yield f"TTFT p50 {engine['ttft_p50_ms']:.1f} and {server['ttft_p50_ms']:.1f} ms, p99 {engine['ttft_p99_ms']:.1f} and {server['ttft_p99_ms']:.1f} ms"
-    yield f"server's own thread {server['python_us_per_token']:.1f} us a token, {server['tokens_per_event']:.1f} tokens an event"
+    yield (
+        f"medians: engine {engine['tokens_per_s']:.0f} tokens/s, server "
+        f"{server['tokens_per_s']:.0f}: {100 * lost:.1f}% less"
+    )
+    yield (
+        f"steps of {engine['step_ms']:.2f} and {server['step_ms']:.2f} ms with "
+        f"{engine['rows_per_step']:.1f} and {server['rows_per_step']:.1f} rows"
+    )
+    yield (
+        f"TTFT p50 {engine['ttft_p50_ms']:.1f} and {server['ttft_p50_ms']:.1f} ms, "
+        f"p99 {engine['ttft_p99_ms']:.1f} and {server['ttft_p99_ms']:.1f} ms"
+    )
+    yield (
+        f"server's own thread: {server['python_us_per_token']:.1f} us a token, "
+        f"{server['tokens_per_event']:.1f} tokens an event"
+    )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from ..engine import EngineBusy, EngineClosed, RequestError
+from ..libllaisys import LlaisysError
 from .answer import Answer
 from .config import Config
 from .errors import ApiError
@@ -91,6 +92,9 @@ class Server:
             raise ApiError(400, str(error)) from error
         except ValueError as error:
             raise ApiError(400, str(error)) from error
+        except LlaisysError as error:
+            self.hub.state = "failed"
+            raise ApiError(500, str(error), code="engine_error") from error
         return Answer(self.hub, model, generation, prepared, is_chat=is_chat)
 
 

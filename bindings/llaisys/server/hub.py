@@ -66,6 +66,8 @@ class Choice:
             self.finished_s = event.finished_s
             if event.message:
                 self.message = event.message.decode("utf-8", "replace")
+            if self.finish == "error" and self.generation.hub.state == "ready":
+                self.generation.hub.state = "failed"  # a device that failed stays so
         self.generation.hub.metrics.took(self, count)
         self.completion += count
         self.generation.wake()
@@ -188,7 +190,7 @@ class Hub:
         return count
 
     def _resume(self) -> None:
-        if self.state in ("ready", "draining"):
+        if self.state != "stopped":
             self._listen()
 
     # ---- time ----
