@@ -1,5 +1,7 @@
-"""The llaisys command: generate text, show a memory plan, run the benchmark.
+"""The llaisys command: serve, chat, generate text, show a memory plan, run the benchmark.
 
+    llaisys serve models/refrain-mini --port 8000
+    llaisys chat models/refrain-mini
     llaisys generate models/refrain-mini --prompt "Who are you?"
     llaisys plan models/refrain-mini --svg --output plan.svg
     llaisys bench --help
@@ -25,6 +27,7 @@ from .engine import plan as engine_plan
 from .libllaisys import DataType, DeviceType, LlaisysError
 from .models import Qwen2, plan
 from .runtime import RuntimeAPI
+from .serve import add_chat, add_serve
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -196,6 +199,14 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="llaisys", description="Runs Qwen2-architecture language models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="answer OpenAI's API over HTTP")
+    _add_model(serve)
+    add_serve(serve, _default_model, _model_options)
+
+    chat = commands.add_parser("chat", help="talk to a model, or to a server")
+    _add_model(chat)
+    add_chat(chat, _default_model, _model_options)
 
     generate = commands.add_parser("generate", help="answer a prompt or a chat")
     _add_model(generate)

@@ -241,6 +241,32 @@ class Engine:
             loop.add_reader(LIB_LLAISYS.llaisysEngineFd(self._handle()), self._on_readable)
         return stream
 
+    # ---- for an event loop of one's own ----
+
+    def fileno(self) -> int:
+        """A descriptor that is readable while there are events: whoever waits for it calls poll."""
+        return LIB_LLAISYS.llaisysEngineFd(self._handle())
+
+    def submit(self, request: Request, sink: Callable[[LlaisysEvent], None]) -> int:
+        """Submits a request whose events poll hands to sink, and returns its number for cancel.
+
+        sink reads the event's tokens before it returns, and must not raise.
+        Raises EngineBusy where the queue is full. Not to be mixed with generate or stream.
+        """
+        return self._submit(request, sink)
+
+    def poll(self) -> int:
+        """Hands out at most EVENTS events that are there, and returns how many there were.
+
+        The memory of requests that have ended is free again once a later call has returned.
+        Raises EngineClosed once the engine is stopped and everything has been handed out.
+        """
+        return self._pump(0)
+
+    def cancel(self, number: int) -> None:
+        """Ends a request soon; one that has ended already is no error."""
+        self._cancel(number)
+
     # ---- what it does now ----
 
     def stats(self) -> dict[str, Any]:
