@@ -221,6 +221,16 @@ struct LlaisysEngine *llaisysEngineOpen(const char *path, const struct LlaisysEn
     return open_engine(path, &options, &e) ? NULL : e;
 }
 
+char *llaisysEnginePlan(const char *path, const struct LlaisysEngineOptions *given, const char *format) {
+    lla_clear_error();
+    const struct LlaisysEngineOptions options = given ? *given : (struct LlaisysEngineOptions){0};
+    struct lla_spec spec;
+    struct lla_limits limits;
+    if (lla_open_resolve(path, &options.model, &spec, &limits, NULL) || choose_limits(&spec, &options, &limits))
+        return NULL;
+    return lla_open_plan(&spec, &limits, format);
+}
+
 /* ---- submit ---- */
 
 /* NaN is in no range. */

@@ -1,6 +1,11 @@
 #include "open.h"
 
+#include "../graph/program.h"
 #include "device.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 
 lla_status lla_open_check(llaisysDeviceType_t device, const int *device_ids, int ndevice) {
     LLA_REQUIRE(device == LLAISYS_DEVICE_CPU || device == LLAISYS_DEVICE_NVIDIA, LLA_EINVAL, "unknown device type %d",
@@ -41,6 +46,28 @@ lla_status lla_open_resolve(const char *path, const struct LlaisysQwen2Options *
         return lla_fail_in(status, "%s", path);
     }
     return LLA_OK;
+}
+
+char *lla_open_plan(const struct lla_spec *spec, const struct lla_limits *limits, const char *format) {
+    static const char *const names[] = {"text", "json", "svg"};
+    size_t f = 0;
+    while (f < 3 && (!format || strcmp(format, names[f]))) f++;
+    if (f == 3) {
+        lla_fail(LLA_EINVAL, "plan format '%s', expected text, json or svg", format ? format : "(null)");
+        return NULL;
+    }
+    struct lla_graph graph;
+    if (lla_graph_make(spec, limits, (struct lla_shard){0, 1}, &graph)) return NULL;
+    char *text = NULL;
+    size_t size = 0;
+    FILE *out = open_memstream(&text, &size);
+    lla_status status =
+        out ? lla_plan_render(&graph.plan, (enum lla_plan_format)f, out) : lla_fail(LLA_ENOMEM, "no memory for text");
+    if (out && fclose(out) && !status) status = lla_fail(LLA_ENOMEM, "no memory for text");
+    lla_graph_free(&graph);
+    if (!status) return text;
+    free(text);
+    return NULL;
 }
 
 void lla_open_meta(const struct lla_plan *plan, struct LlaisysQwen2Meta *meta) {

@@ -13,6 +13,9 @@ lla_status lla_open_check(llaisysDeviceType_t device, const int *device_ids, int
 lla_status lla_open_resolve(const char *path, const struct LlaisysQwen2Options *options, struct lla_spec *spec,
                             struct lla_limits *limits, struct lla_checkpoint **checkpoint);
 
+/* The plan as text, JSON or a picture: a malloc'ed string, or NULL. */
+char *lla_open_plan(const struct lla_spec *spec, const struct lla_limits *limits, const char *format);
+
 /* The dimensions of a planned model. */
 void lla_open_meta(const struct lla_plan *plan, struct LlaisysQwen2Meta *meta);
 

@@ -272,31 +272,9 @@ void llaisysQwen2ModelMeta(const struct LlaisysQwen2Model *m, struct LlaisysQwen
 char *llaisysQwen2Plan(const char *path, const struct LlaisysQwen2Options *given, const char *format) {
     lla_clear_error();
     const struct LlaisysQwen2Options options = given ? *given : (struct LlaisysQwen2Options){0};
-    static const char *const names[] = {"text", "json", "svg"};
-    size_t f = 0;
-    while (f < 3 && (!format || strcmp(format, names[f]))) f++;
-    if (f == 3) {
-        lla_fail(LLA_EINVAL, "plan format '%s', expected text, json or svg", format ? format : "(null)");
-        return NULL;
-    }
     struct lla_spec spec;
     struct lla_limits limits;
-    struct lla_graph graph;
-    if (lla_open_resolve(path, &options, &spec, &limits, NULL) ||
-        lla_graph_make(&spec, &limits, (struct lla_shard){0, 1}, &graph))
-        return NULL;
-    char *text = NULL;
-    size_t size = 0;
-    FILE *out = open_memstream(&text, &size);
-    lla_status status =
-        out ? lla_plan_render(&graph.plan, (enum lla_plan_format)f, out) : lla_fail(LLA_ENOMEM, "no memory for text");
-    if (out && fclose(out) && !status) status = lla_fail(LLA_ENOMEM, "no memory for text");
-    lla_graph_free(&graph);
-    if (status) {
-        free(text);
-        return NULL;
-    }
-    return text;
+    return lla_open_resolve(path, &options, &spec, &limits, NULL) ? NULL : lla_open_plan(&spec, &limits, format);
 }
 
 void llaisysFreeString(char *text) {

@@ -45,6 +45,14 @@ if [ ${#missing[@]} -gt 0 ]; then
     fi
 fi
 
+# The chat page is tested in a browser; where none can be had, those tests skip and say so.
+if [ "$level" = dev ] && ! command -v chromium chromium-browser google-chrome >/dev/null && [ "$(id -u)" = 0 ] &&
+    command -v apt-get >/dev/null; then
+    say 'installing chromium'
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium; } >/dev/null 2>&1 ||
+        say 'no chromium: the chat page will not be tested'
+fi
+
 # ---- Python: a .venv of its own, or, where packages cannot be had (a machine without network), the system's ----
 requirements=requirements.txt
 [ "$level" = dev ] && requirements=requirements-dev.txt

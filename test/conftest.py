@@ -1,5 +1,6 @@
 """What pytest needs to know of this folder: paths, devices, seeds."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "bindings"), str(ROOT / "test")]
+
+# A shell that runs the suite in the background ignores Ctrl-C for it and its children; tests of interrupts need it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _missing: dict[str, int] = {}  # why a device is not there: tests that did not run
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import json
 import os
 import random
 import re
@@ -386,6 +387,26 @@ def test_bad_options():
         Engine(MINI, max_seqs=4, mixed_rows=1)
     with pytest.raises(llaisys.LlaisysError, match="nowhere"):
         Engine(ROOT / "nowhere")
+
+
+def test_plan():
+    """The plan is that of the engine which is opened, and larger for more requests."""
+    totals = []
+    for options in ({"max_seqs": 2}, {"max_seqs": 8}, {"max_seqs": 8, "kv_tokens": 5000}):
+        text = llaisys.engine.plan(MINI, format="json", max_seq=256, **options)
+        totals.append(json.loads(text)["totals"]["total"])
+    assert totals == sorted(set(totals))
+    command = [sys.executable, "-m", "llaisys", "plan", MINI, "--device", "cpu", "--max-seq", "256"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "bindings")}
+    for extra, total in ((["--max-seqs", "2"], totals[0]), (["--max-seqs", "8"], totals[1])):
+        done = subprocess.run(
+            [*command, "--json", *extra], env=environment, capture_output=True, check=True
+        )
+        assert json.loads(done.stdout)["totals"]["total"] == total
+    with pytest.raises(llaisys.LlaisysError, match="plan format 'x'"):
+        llaisys.engine.plan(MINI, format="x")
+    with pytest.raises(ValueError, match="max_seqs"):
+        llaisys.engine.plan(MINI, max_seqs=0)
 
 
 def test_readme():

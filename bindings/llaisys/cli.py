@@ -1,5 +1,7 @@
-"""The llaisys command: generate text, show a memory plan, run the benchmark.
+"""The llaisys command: serve, chat, generate text, show a memory plan, run the benchmark.
 
+    llaisys serve models/refrain-mini --port 8000
+    llaisys chat models/refrain-mini
     llaisys generate models/refrain-mini --prompt "Who are you?"
     llaisys plan models/refrain-mini --svg --output plan.svg
     llaisys bench --help
@@ -21,9 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import libllaisys
+from .engine import plan as engine_plan
 from .libllaisys import DataType, DeviceType, LlaisysError
 from .models import Qwen2, plan
 from .runtime import RuntimeAPI
+from .serve import add_chat, add_serve
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -139,7 +143,12 @@ def _read_messages(file: str) -> Any:
 
 def _plan(args: argparse.Namespace) -> None:
     path = args.model or _default_model()
-    text = plan(path, format=args.format, **_model_options(args))
+    options = _model_options(args) | {"format": args.format}
+    sizes = {"max_seqs": args.max_seqs, "kv_tokens": args.kv_tokens}
+    if sizes == {"max_seqs": None, "kv_tokens": None}:
+        text = plan(path, **options)
+    else:
+        text = engine_plan(path, **options, **sizes)
     text = text if text.endswith("\n") else text + "\n"
     if args.output is None:
         sys.stdout.write(text)
@@ -191,6 +200,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="llaisys", description="Runs Qwen2-architecture language models.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    serve = commands.add_parser("serve", help="answer OpenAI's API over HTTP")
+    _add_model(serve)
+    add_serve(serve, _default_model, _model_options)
+
+    chat = commands.add_parser("chat", help="talk to a model, or to a server")
+    _add_model(chat)
+    add_chat(chat, _default_model, _model_options)
+
     generate = commands.add_parser("generate", help="answer a prompt or a chat")
     _add_model(generate)
     source = generate.add_mutually_exclusive_group()
@@ -209,6 +226,12 @@ def _parser() -> argparse.ArgumentParser:
 
     planner = commands.add_parser("plan", help="show where every byte of memory goes")
     _add_model(planner)
+    planner.add_argument(
+        "--max-seqs", type=int, metavar="N", help="of an engine for N requests at once"
+    )
+    planner.add_argument(
+        "--kv-tokens", type=int, metavar="N", help="of an engine with a KV cache of N tokens"
+    )
     formats = planner.add_mutually_exclusive_group()
     for name in ("json", "svg"):
         formats.add_argument(

@@ -28,7 +28,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .libllaisys import LIB_LLAISYS, DataType, DeviceType, LlaisysError, LlaisysQwen2Meta
+from .libllaisys import (
+    LIB_LLAISYS,
+    DataType,
+    DeviceType,
+    LlaisysError,
+    LlaisysQwen2Meta,
+    LlaisysQwen2Options,
+)
 from .libllaisys.engine import (
     EngineBusy,
     EngineClosed,
@@ -54,9 +61,18 @@ __all__ = [
     "Request",
     "RequestError",
     "Stream",
+    "plan",
 ]
 
 EVENTS = 64  # read with one call
+_USAGE = (
+    "prompt_tokens",
+    "cached_tokens",
+    "preemptions",
+    "queued_s",
+    "first_token_s",
+    "finished_s",
+)
 
 
 @dataclass
@@ -155,24 +171,18 @@ class Engine:
         self._engine = None
         self._sinks: dict[int, Callable[[LlaisysEvent], None]] = {}  # by request
         self._loop: asyncio.AbstractEventLoop | None = None  # which waits for the descriptor
-        sizes = {
-            "max_seqs": max_seqs,
-            "kv_tokens": kv_tokens,
-            "kv_block": kv_block,
-            "max_queue": max_queue,
-            "mixed_rows": mixed_rows,
-        }
-        for name, value in sizes.items():
-            if value is not None and not 0 < value < 2**31:
-                raise ValueError(f"{name}: expected 1 to 2**31 - 1, found {value}")
+        model = _options(device, device_ids, max_seq, prefill_chunk, threads, dtype, progress)
+        options = _engine_options(
+            model,
+            max_seqs=max_seqs,
+            kv_tokens=kv_tokens,
+            kv_block=kv_block,
+            max_queue=max_queue,
+            mixed_rows=mixed_rows,
+        )
         if max_logprobs is not None and not 0 <= max_logprobs <= 20:
             raise ValueError(f"max_logprobs: expected 0 to 20, found {max_logprobs}")
-        model = _options(device, device_ids, max_seq, prefill_chunk, threads, dtype, progress)
-        options = LlaisysEngineOptions(
-            model=model,
-            max_logprobs=0 if max_logprobs is None else max_logprobs or -1,
-            **{k: v or 0 for k, v in sizes.items()},
-        )
+        options.max_logprobs = 0 if max_logprobs is None else max_logprobs or -1
         self._events = (LlaisysEvent * EVENTS)()
         self._count = ctypes.c_size_t()  # of those, read by the last call
         self._next = 0  # of those, the first not handed out yet
@@ -258,6 +268,32 @@ class Engine:
             self._loop = loop
             loop.add_reader(LIB_LLAISYS.llaisysEngineFd(self._handle()), self._on_readable)
         return stream
+
+    # ---- for an event loop of one's own ----
+
+    def fileno(self) -> int:
+        """A descriptor that is readable while there are events: whoever waits for it calls poll."""
+        return LIB_LLAISYS.llaisysEngineFd(self._handle())
+
+    def submit(self, request: Request, sink: Callable[[LlaisysEvent], None]) -> int:
+        """Submits a request whose events poll hands to sink, and returns its number for cancel.
+
+        sink reads the event's tokens before it returns, and must not raise.
+        Raises EngineBusy where the queue is full. Not to be mixed with generate or stream.
+        """
+        return self._submit(request, sink)
+
+    def poll(self) -> int:
+        """Hands out at most EVENTS events that are there, and returns how many there were.
+
+        The memory of requests that have ended is free again once a later call has returned.
+        Raises EngineClosed once the engine is stopped and everything has been handed out.
+        """
+        return self._pump(0)
+
+    def cancel(self, number: int) -> None:
+        """Ends a request soon; one that has ended already is no error."""
+        self._cancel(number)
 
     # ---- what it does now ----
 
@@ -385,8 +421,11 @@ class Engine:
         return self._count.value
 
     def _on_readable(self) -> None:
-        while self._pump(0):  # the last, empty one gives ended requests' memory back
-            pass
+        # An empty poll gives ended requests' memory back; events that never end come back here
+        # after the loop's other tasks have had their turn.
+        for _ in range(4):
+            if not self._pump(0):
+                break
         if not self._sinks:
             self._forget_loop()
 
@@ -462,18 +501,53 @@ class Stream:
             self._waiter.set_result(None)
 
 
+def plan(
+    model_path: str | os.PathLike[str],
+    device: DeviceType = DeviceType.CPU,
+    *,
+    format: str = "text",
+    device_ids: Sequence[int] | None = None,
+    max_seq: int | None = None,
+    max_seqs: int | None = None,
+    kv_tokens: int | None = None,
+    kv_block: int | None = None,
+    prefill_chunk: int | None = None,
+    threads: int | None = None,
+    dtype: DataType | None = None,
+) -> str:
+    """Where every byte of an engine's arena would lie, without loading it: "text", "json", "svg".
+
+    The options are those of Engine.
+    """
+    model = _options(device, device_ids, max_seq, prefill_chunk, threads, dtype, False)
+    options = _engine_options(model, max_seqs=max_seqs, kv_tokens=kv_tokens, kv_block=kv_block)
+    text = LIB_LLAISYS.llaisysEnginePlan(
+        os.fsencode(model_path), ctypes.byref(options), format.encode()
+    )
+    try:
+        return ctypes.string_at(text).decode()
+    finally:
+        LIB_LLAISYS.llaisysFreeString(text)
+
+
+def _engine_options(model: LlaisysQwen2Options, **sizes: int | None) -> LlaisysEngineOptions:
+    for name, value in sizes.items():
+        if value is not None and not 0 < value < 2**31:  # ctypes would wrap it around
+            raise ValueError(f"{name}: expected 1 to 2**31 - 1, found {value}")
+    return LlaisysEngineOptions(model=model, **{k: v or 0 for k, v in sizes.items()})
+
+
 def _take(answer: Answer, event: LlaisysEvent) -> list[int]:
     """Adds an event to an answer and returns its tokens."""
     tokens = event.tokens[: event.ntoken]
+    if event.finish or not answer.tokens:  # what does not change in between
+        for name in _USAGE:
+            setattr(answer, name, getattr(event, name))
     answer.tokens += tokens
     n = event.nlogprob
     for i in range(0, event.ntoken * n, n or 1):
         own, *top = event.logprobs[i : i + n]
         answer.logprobs.append(Logprobs(own.logprob, [(t.token, t.logprob) for t in top]))
-    for name in ("prompt_tokens", "cached_tokens", "preemptions"):
-        setattr(answer, name, getattr(event, name))
-    for name in ("queued_s", "first_token_s", "finished_s"):
-        setattr(answer, name, getattr(event, name))
     if event.finish:
         answer.finish = Finish(event.finish).name.lower()
         answer.message = event.message.decode("utf-8", "replace") if event.message else None

@@ -147,6 +147,8 @@ struct LlaisysEngine;
 
 /* Opens a folder in transformers' format; options may be NULL. NULL on failure. */
 LLAISYS_API struct LlaisysEngine *llaisysEngineOpen(const char *path, const struct LlaisysEngineOptions *options);
+/* As llaisysQwen2Plan, of an engine: where every byte of its arena would lie. */
+LLAISYS_API char *llaisysEnginePlan(const char *path, const struct LlaisysEngineOptions *options, const char *format);
 /* As Stop, and frees the engine; events that were not polled are lost. NULL is allowed. */
 LLAISYS_API void llaisysEngineClose(struct LlaisysEngine *engine);
 

@@ -5,7 +5,7 @@
  *   m = max s;  p = round(2^(s - m));  o^T [head_dim, heads] = V^T p^T, l = sum of p, both summed over tokens in order
  *
  * Keys and values are the 16-row operand, the (up to eight) query heads the eight columns. Splits are merged in order
- * by Merged::add(). The order of every sum is set by the split alone, so that whoever computes a row, a decode step or
+ * by merge(). The order of every sum is set by the split alone, so that whoever computes a row, a decode step or
  * a prompt's chunk, gets the same bits. */
 #ifndef LLA_ATTENTION_TILE_CUH
 #define LLA_ATTENTION_TILE_CUH

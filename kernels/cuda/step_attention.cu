@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(THREADS, 2) attention_kernel(const Attention a
 template <class T, int DIM> lla_status launch_attention(const lla_cuda_ctx *ctx, const Attention &a) {
     const size_t smem = sizeof(SplitMemory<T, DIM>);
     const size_t most = ctx->rows * a.nkvhead * (a.max_blocks * a.kv_block / SPLIT + 1), /* items of a step */
-        resident = (size_t)ctx->sm_count * (3 * (smem + 1024) <= ctx->max_smem ? 3 : 2);
+        resident = 2 * (size_t)ctx->sm_count;                                            /* by its registers */
     return launch(ctx, "attention", attention_kernel<T, DIM>, dim3((unsigned)(most < resident ? most : resident)),
                   THREADS, smem, a, attention_scale(DIM));
 }

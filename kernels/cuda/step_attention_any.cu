@@ -12,8 +12,8 @@ namespace {
 /* acc (output, maximum, sum) of a head's dimension takes in the next split's. */
 __device__ __forceinline__ void merge_in(float &o, float &m, float &l, float po, float pm, float pl) {
     const float top = fmaxf(m, pm), a = expf(m - top), b = expf(pm - top);
-    o = fmaf(o, a, po * b);
-    l = l * a + pl * b;
+    o = __fmaf_rn(o, a, __fmul_rn(po, b));
+    l = __fmaf_rn(l, a, __fmul_rn(pl, b));
     m = top;
 }
 
@@ -33,7 +33,7 @@ template <class T> __host__ __device__ size_t shared_bytes(size_t dim, size_t gr
 }
 
 /* Keys and values of positions [start + from, start + to) of one KV head into shared memory, 16 bytes a thread where
- * rows allow. */
+ * rows allow; past the first-level cache, since a neighbour in the same sector may be written meanwhile. */
 template <class T>
 __device__ void stage(const Attention &a, const Shared<T> &s, const int32_t *table, size_t kvhead, size_t start,
                       size_t from, size_t to) {
@@ -48,12 +48,13 @@ __device__ void stage(const Attention &a, const Shared<T> &s, const int32_t *tab
         const T *k = (const T *)a.k_cache + at, *v = (const T *)a.v_cache + at;
         T *sk = s.k + token * s.pitch + u, *sv = s.v + token * s.pitch + u;
         if (wide) {
-            const uint4 kk = *reinterpret_cast<const uint4 *>(k), vv = *reinterpret_cast<const uint4 *>(v);
+            const uint4 kk = __ldcg(reinterpret_cast<const uint4 *>(k)),
+                        vv = __ldcg(reinterpret_cast<const uint4 *>(v));
             *reinterpret_cast<uint4 *>(sk) = kk;
             *reinterpret_cast<uint4 *>(sv) = vv;
         } else {
-            *sk = *k;
-            *sv = *v;
+            *sk = __ldcg(k);
+            *sv = __ldcg(v);
         }
     }
 }

@@ -1,5 +1,5 @@
-/* step_linear.cu: the step's matrix products: [norm +] x w^T + what follows, on packed weights (nodes.h), for up to 64
- * rows a block.
+/* step_linear.cu: the step's matrix products: [norm +] x w^T + what follows, on packed weights (nodes.h), for up to
+ * eight rows a block; step_linear_many.cu has those for more.
  *
  * Few rows are bound by the stream of weights. Every warp owns an eighth (a sixteenth where K is long) of K and reads
  * its part of a row tile straight into registers, DEPTH tiles of 512 bytes at a time, with the next DEPTH on their way
@@ -11,6 +11,8 @@
 #include <type_traits>
 
 namespace {
+
+enum { COLS = 8 }; /* rows of x that a block takes: columns of the tensor core's operand */
 
 /* Registers hold 2 DEPTH pieces of 16 bytes a thread: with two blocks on an SM, 48 to 96 KB in flight. */
 enum { DEPTH = 6 };
@@ -92,13 +94,12 @@ __device__ void stage_plain(const Linear &a, size_t first, size_t rows, T *stage
     }
 }
 
-/* Up to 8 NT rows a block (blockIdx.y chooses which); row tiles blockIdx.x, + gridDim.x, ... STAGED: the rows of x go
+/* Up to eight rows a block (blockIdx.y chooses which); row tiles blockIdx.x, + gridDim.x, ... STAGED: the rows of x go
  * to shared memory first, normed where there is a norm; otherwise they are read where they lie. */
-template <class T, int NT, Epilogue E, bool STAGED, int W>
-__global__ void __launch_bounds__(32 * W, NT <= 2 && W == 8 ? 2 : 1) linear_kernel(const Linear a) {
+template <class T, Epilogue E, bool STAGED, int W>
+__global__ void __launch_bounds__(32 * W, W == 8 ? 2 : 1) linear_kernel(const Linear a) {
     extern __shared__ char smem[];
-    __shared__ Slot slots[E == QKV ? 8 * NT : 1];
-    constexpr int COLS = 8 * NT;
+    __shared__ Slot slots[E == QKV ? COLS : 1];
     float *sums = reinterpret_cast<float *>(smem);                           /* [W][16][COLS] */
     T *staged = reinterpret_cast<T *>(smem + W * 16 * COLS * sizeof(float)); /* [rows][pitch] */
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -144,23 +145,17 @@ __global__ void __launch_bounds__(32 * W, NT <= 2 && W == 8 ? 2 : 1) linear_kern
             stage_plain<T, W>(a, first, rows, staged, pitch);
         __syncthreads();
     }
-    /* the row that this lane feeds to each group of eight, and (f32) the two whose sums it holds; columns beyond the
-     * last row repeat it, and nobody looks at them */
-    const T *row[NT], *pair[NT][2];
+    /* the row that this lane feeds to the product, and (f32) the two whose sums it holds; columns beyond the last row
+     * repeat it, and nobody looks at them */
     auto row_at = [&](size_t r) -> const T * {
         r = r < rows ? r : rows - 1;
         return STAGED ? staged + r * pitch : (const T *)a.x + source(a, first + r) * a.k;
     };
-#pragma unroll
-    for (int i = 0; i < NT; i++) {
-        row[i] = row_at(8 * i + lane / 4);
-        pair[i][0] = row_at(8 * i + lane % 4 * 2);
-        pair[i][1] = row_at(8 * i + lane % 4 * 2 + 1);
-    }
+    const T *row = row_at(lane / 4), *pair[2] = {row_at(lane % 4 * 2), row_at(lane % 4 * 2 + 1)};
     const unsigned end = STAGED ? ktiles * LLA_TILE : (unsigned)a.k;
 
-    float acc[NT][4] = {};
-    Operands operands = {}; /* of this thread's first output */
+    float acc[4] = {};
+    Operands operands = {}; /* of this thread's output */
     const int my_g = threadIdx.x % 8, my_col = threadIdx.x / 8;
     auto multiply = [&](const Weights<T>(&w)[DEPTH]) {
         if (batch == 0 && (size_t)my_col < rows) operands = prepare<T, E, false>(a, first + my_col, tile, my_g);
@@ -168,31 +163,24 @@ __global__ void __launch_bounds__(32 * W, NT <= 2 && W == 8 ? 2 : 1) linear_kern
         for (int d = 0; d < DEPTH; d++) {
             /* beyond the warp's part the weights are zeros, and any columns do */
             const unsigned kt = min(k_first + batch * DEPTH + d, ktiles - 1);
-#pragma unroll
-            for (int i = 0; i < NT; i++)
-                Multiply<T, STAGED>::run(acc[i], w[d], row[i], kt * LLA_TILE, end, lane, pair[i]);
+            Multiply<T, STAGED>::run(acc, w[d], row, kt * LLA_TILE, end, lane, pair);
         }
         if (++batch < batches) return;
-        /* eight parts of K meet: c0, c1 of the fragment are rows g, columns 2t and 2t + 1; c2, c3 rows g + 8 */
+        /* the parts of K meet: c0, c1 of the fragment are rows g, columns 2t and 2t + 1; c2, c3 rows g + 8 */
 #pragma unroll
-        for (int i = 0; i < NT; i++)
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                const unsigned r = lane / 4 + (c >= 2 ? 8 : 0), col = 8 * i + lane % 4 * 2 + c % 2;
-                sums[(warp * 16 + r) * COLS + col] = acc[i][c];
-                acc[i][c] = 0;
-            }
+        for (int c = 0; c < 4; c++) {
+            const unsigned r = lane / 4 + (c >= 2 ? 8 : 0), col = lane % 4 * 2 + c % 2;
+            sums[(warp * 16 + r) * COLS + col] = acc[c];
+            acc[c] = 0;
+        }
         __syncthreads();
-        for (int o = threadIdx.x; o < 8 * COLS; o += (32 * W)) {
-            const int g = o % 8, col = o / 8;
-            if ((size_t)col >= rows) continue;
-            float low = sums[g * COLS + col], high = sums[(g + 8) * COLS + col];
-            for (int w8 = 1; w8 < W; w8++) {
-                low += sums[(w8 * 16 + g) * COLS + col];
-                high += sums[(w8 * 16 + g + 8) * COLS + col];
+        if ((size_t)my_col < rows) {
+            float low = sums[my_g * COLS + my_col], high = sums[(my_g + 8) * COLS + my_col];
+            for (int part = 1; part < W; part++) {
+                low += sums[(part * 16 + my_g) * COLS + my_col];
+                high += sums[(part * 16 + my_g + 8) * COLS + my_col];
             }
-            finish<T, E>(a, first + col, tile, g, low, high, slots[E == QKV ? col : 0],
-                         o == (int)threadIdx.x ? operands : prepare<T, E, false>(a, first + col, tile, g));
+            finish<T, E>(a, first + my_col, tile, my_g, low, high, slots[E == QKV ? my_col : 0], operands);
         }
         __syncthreads();
         tile += gridDim.x;
@@ -213,31 +201,28 @@ template <Epilogue E> size_t warps_for(const Linear &a) {
 }
 
 /* Bytes of shared memory of a block, for the rows that the bucket can have. */
-template <class T, Epilogue E> size_t shared_bytes(const Linear &a, size_t nt, bool staged) {
-    const size_t W = warps_for<E>(a);
-    const size_t pitch = tiles_of(a.k) * LLA_TILE + 16 / sizeof(T), rows = a.max_rows < 8 * nt ? a.max_rows : 8 * nt;
-    return W * 16 * 8 * nt * sizeof(float) + (staged ? rows * pitch * sizeof(T) : 0);
+template <class T, Epilogue E> size_t shared_bytes(const Linear &a, bool staged) {
+    const size_t pitch = tiles_of(a.k) * LLA_TILE + 16 / sizeof(T), rows = a.max_rows < COLS ? a.max_rows : COLS;
+    return warps_for<E>(a) * 16 * COLS * sizeof(float) + (staged ? rows * pitch * sizeof(T) : 0);
 }
 
-template <class T, int NT, Epilogue E, bool STAGED>
+template <class T, Epilogue E, bool STAGED>
 lla_status launch_linear(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
-    const size_t ntiles = a.half ? (a.n / 2 + 7) / 8 : tiles_of(a.n), smem = shared_bytes<T, E>(a, NT, STAGED);
+    const size_t ntiles = a.half ? (a.n / 2 + 7) / 8 : tiles_of(a.n), smem = shared_bytes<T, E>(a, STAGED);
     const bool deep = warps_for<E>(a) == 16;
-    const size_t resident = (size_t)ctx->sm_count * (NT <= 2 && !deep && smem <= ctx->max_smem / 2 ? 2 : 1);
-    const dim3 grid((unsigned)(ntiles < resident ? ntiles : resident),
-                    (unsigned)((a.max_rows + 8 * NT - 1) / (8 * NT)));
+    const size_t resident = (size_t)ctx->sm_count * (!deep && smem <= ctx->max_smem / 2 ? 2 : 1);
+    const dim3 grid((unsigned)(ntiles < resident ? ntiles : resident), (unsigned)((a.max_rows + COLS - 1) / COLS));
     if constexpr (E == ADD)
-        if (deep) return launch(ctx, name, linear_kernel<T, NT, E, STAGED, 16>, grid, 512, smem, a);
-    return launch(ctx, name, linear_kernel<T, NT, E, STAGED, 8>, grid, 256, smem, a);
+        if (deep) return launch(ctx, name, linear_kernel<T, E, STAGED, 16>, grid, 512, smem, a);
+    return launch(ctx, name, linear_kernel<T, E, STAGED, 8>, grid, 256, smem, a);
 }
 
-/* Rows of a block: as many groups of eight as the bucket has and shared memory holds; a projection without a norm can
- * do without shared memory. Results do not depend on any of it. */
+/* A projection without a norm can do without shared memory. Results do not depend on any of it. */
 template <class T, Epilogue E> lla_status dispatch(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
     if constexpr (!std::is_same<T, float>::value)
         if (has_many_rows<T>(a)) return linear_many<T, E>(ctx, name, a);
-    if (shared_bytes<T, E>(a, 1, true) <= ctx->max_smem) return launch_linear<T, 1, E, true>(ctx, name, a);
-    if (!a.norm) return launch_linear<T, 1, ADD, false>(ctx, name, a);
+    if (shared_bytes<T, E>(a, true) <= ctx->max_smem) return launch_linear<T, E, true>(ctx, name, a);
+    if (!a.norm) return launch_linear<T, ADD, false>(ctx, name, a);
     return lla_fail(LLA_ELIMIT, "%s: eight rows of %zu elements do not fit in %zu bytes of shared memory", name, a.k,
                     ctx->max_smem);
 }

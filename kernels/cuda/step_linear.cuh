@@ -14,7 +14,7 @@ struct Linear {
     const int32_t *index; /* by_logit: row of x that a logit row reads */
     const void *x;        /* [rows, k] */
     const void *norm;     /* [k], or NULL */
-    void *normed;         /* [rows, k]: where the norm goes if it is a kernel of its own */
+    void *normed;         /* [rows, k]: the norm's result, where it has a kernel of its own */
     const void *w;        /* packed */
     void *out;            /* STORE: [rows, n]; ADD: [rows, n], added to; SWIGLU: [rows, n / 2] */
     size_t n, k, half;

@@ -149,7 +149,8 @@ __global__ void __launch_bounds__(32 * MAX_WARPS, 1) many_kernel(const Linear a,
     };
     if (SPLIT && E == QKV) fetch(); /* nothing of it comes from the kernel before */
     pdl_wait();
-    if (!rows) {
+    if (!rows) { /* a block leaves when what it asked for has come */
+        cp_async_commit();
         cp_async_wait<0>();
         if (SPLIT) cluster_wait();
         return;
@@ -255,6 +256,7 @@ __global__ void __launch_bounds__(32 * MAX_WARPS, 1) many_kernel(const Linear a,
             if (i + 1 < stages) fetch();
         }
     }
+    cp_async_wait<0>();        /* there may be fewer stages than were asked for ahead */
     if (SPLIT) cluster_wait(); /* the outbox may still be on its way */
 }
 

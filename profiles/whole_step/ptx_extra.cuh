@@ -78,7 +78,10 @@ __device__ __forceinline__ uint64_t load_word(const uint64_t *from) {
 
 __device__ __forceinline__ uint4 load_shared_16(uint32_t from) {
     uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(from)
+                 : "memory");
     return v;
 }
 
@@ -87,4 +90,3 @@ __device__ __forceinline__ uint2 load_shared_8(uint32_t from) {
     asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from) : "memory");
     return v;
 }
-

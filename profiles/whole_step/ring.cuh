@@ -20,9 +20,9 @@ enum {
     MOST_SLOTS = 8, /* pieces of a ring */
 };
 
-/* A weight matrix as the step uses it: row tiles are dealt to the blocks in turn; a row's K is cut into `parts`. With 16
- * parts all consumer warps work on one row tile; with eight, the two groups of eight warps take the block's row tiles in
- * turns, the first one by group `first_group`. */
+/* A weight matrix as the step uses it: row tiles are dealt to the blocks in turn; a row's K is cut into `parts`. With
+ * 16 parts all consumer warps work on one row tile; with eight, the two groups of eight warps take the block's row
+ * tiles in turns, the first one by group `first_group`. */
 struct Matrix {
     const char *base; /* layer 0's, packed */
     unsigned ntiles, ktiles, parts, first_group;
@@ -106,7 +106,7 @@ struct Patience {
 /* Walks one warp's pieces of the whole step, in the order in which the warp consumes them. */
 struct PieceCursor {
     unsigned layer = 0, which = QKV_W;
-    unsigned row_tiles, tiles; /* left of the matrix, and of the part of K of the row tile */
+    unsigned row_tiles, tiles;   /* left of the matrix, and of the part of K of the row tile */
     unsigned part_tiles, stride; /* tiles of a part, and bytes from one row tile to the warp's next */
     const char *row_tile, *from; /* where the part of the row tile, and the next piece, begin */
     bool is_over = false;

@@ -13,10 +13,10 @@
  * suffices, and a block reads words only where it then contributes to what follows.
  *
  * Columns of the tensor cores' product are rows of the step. Sums have the order that nodes.h states. */
-#include <cstdlib>
 #include "ring.cuh"
 #include "step_attention.cuh"
 #include "step_epilogue.cuh"
+#include <cstdlib>
 
 namespace {
 
@@ -91,9 +91,7 @@ template <class T, int DIM> struct Consumer {
     RingPlace place;
     unsigned turn; /* row tiles that the group has summed: which buffer, which warp */
 
-    __device__ __forceinline__ void group_barrier() const {
-        named_barrier(BAR_GROUP + group, GROUP);
-    }
+    __device__ __forceinline__ void group_barrier() const { named_barrier(BAR_GROUP + group, GROUP); }
     __device__ __forceinline__ void mark(unsigned event) const {
         if (a.trace && lane == 0 && warp % 8 == 0) {
             uint64_t t;
@@ -117,8 +115,8 @@ __device__ __forceinline__ uint2 await_pair(const uint64_t *from, ulonglong2 v, 
 
 /* x [rows, hidden] comes to shared memory, from the words of other blocks or, in the first layer, the embedding; all
  * consumers. */
-template <class T, int DIM> __device__ __forceinline__ void collect_x(const Consumer<T, DIM> &c, const uint64_t *words,
-                                                                   uint32_t tag) {
+template <class T, int DIM>
+__device__ __forceinline__ void collect_x(const Consumer<T, DIM> &c, const uint64_t *words, uint32_t tag) {
     const unsigned pairs = c.a.hidden / 2;
     if (!words) {
         for (unsigned row = 0; row < c.rows; row++)
@@ -168,9 +166,9 @@ template <class T, int DIM> __device__ __forceinline__ float norm_scale(const Co
 }
 
 /* operand [rows, hidden] = norm of x; all consumers. */
-template <class T, int DIM> __device__ __forceinline__ void collect_normed(const Consumer<T, DIM> &c,
-                                                                        const uint64_t *words, uint32_t tag,
-                                                                        const char *norm) {
+template <class T, int DIM>
+__device__ __forceinline__ void collect_normed(const Consumer<T, DIM> &c, const uint64_t *words, uint32_t tag,
+                                               const char *norm) {
     constexpr unsigned AHEAD = 2; /* norm weights that are asked for before x is there */
     const uint32_t *weights = reinterpret_cast<const uint32_t *>(norm);
     const unsigned pairs = c.a.hidden / 2;
@@ -293,9 +291,9 @@ __device__ __forceinline__ void add_sums(const float (*sums)[128], unsigned g, u
     }
 }
 
-/* The group's row tiles of a matrix of eight parts, times c.operand. finish(tile, g, col, low, high, valid): what becomes
- * of the sums of rows g and g + 8 of the tile for row `col` of the step; all lanes of a warp call it together, valid
- * where col is a row. */
+/* The group's row tiles of a matrix of eight parts, times c.operand. finish(tile, g, col, low, high, valid): what
+ * becomes of the sums of rows g and g + 8 of the tile for row `col` of the step; all lanes of a warp call it together,
+ * valid where col is a row. */
 template <class T, int DIM, class Finish>
 __device__ __forceinline__ void run_matrix(Consumer<T, DIM> &c, unsigned which, unsigned columns, Finish finish) {
     const Work work(c.a.weights.matrix[which], c.warp);
@@ -304,7 +302,7 @@ __device__ __forceinline__ void run_matrix(Consumer<T, DIM> &c, unsigned which, 
         float acc[4] = {};
         multiply(c, shared_address(c.operand + work.k * 8), c.a.operand_pitch, columns, work.k_last - work.k, acc);
         if (which == GATE_UP_W && i / 2 < 6) c.mark(((c.tag - 1) % c.a.weights.nlayer) * 16 + 8 + i / 2);
-        float(*sums)[128] = c.s.sums[c.turn % 2] + 8 * c.group;
+        float (*sums)[128] = c.s.sums[c.turn % 2] + 8 * c.group;
         store_sums(sums[c.warp % 8], c.lane, acc);
         c.group_barrier();
         if (c.warp % 8 != c.turn % 8) continue; /* the warps take turns */
@@ -333,7 +331,8 @@ __device__ __forceinline__ void send_pairs(uint64_t *words, unsigned at, unsigne
     if (valid) store_word(words + (is_odd ? at_high : at) / 2, tagged(pair, tag));
 }
 
-/* The o and down projections' end: x + round(sum) goes out, and nowhere else: every block keeps x as it collected it. */
+/* The o and down projections' end: x + round(sum) goes out, and nowhere else: every block keeps x as it collected it.
+ */
 template <class T, int DIM>
 __device__ __forceinline__ void add_to_x(const Consumer<T, DIM> &c, uint64_t *to, unsigned tile, unsigned g,
                                          unsigned col, float low, float high, bool valid) {
@@ -368,12 +367,14 @@ template <class T, int DIM> __device__ __forceinline__ Unit unit_of(const Consum
 
 /* Keys and values of earlier steps' tokens of unit n, if there is one, in the background; zeros behind them. One group.
  */
-template <class T, int DIM> __device__ __forceinline__ void load_old(const Consumer<T, DIM> &c, unsigned n, size_t layer) {
+template <class T, int DIM>
+__device__ __forceinline__ void load_old(const Consumer<T, DIM> &c, unsigned n, size_t layer) {
     constexpr int UNITS = SplitMemory<T, DIM>::UNITS;
     const Unit u = unit_of(c, n);
     if (!u.is_there) return;
     const RowInfo &row = c.s.rows[u.row];
-    const T *k = (const T *)(c.a.k_cache + layer * c.a.kv_stride), *v = (const T *)(c.a.v_cache + layer * c.a.kv_stride);
+    const T *k = (const T *)(c.a.k_cache + layer * c.a.kv_stride),
+            *v = (const T *)(c.a.v_cache + layer * c.a.kv_stride);
     const int start = (int)u.split * SPLIT, old = row.first_new - start;
     const unsigned block = 1u << c.a.kv_shift;
 #pragma unroll 2
@@ -383,7 +384,9 @@ template <class T, int DIM> __device__ __forceinline__ void load_old(const Consu
         size_t at = 0;
         if (is_old)
             at = ((((size_t)row.table[position >> c.a.kv_shift] * c.a.nkvhead + u.kvhead) << c.a.kv_shift) +
-                  (position & (block - 1))) * DIM + unit * 8;
+                  (position & (block - 1))) *
+                     DIM +
+                 unit * 8;
         cp_async_16(shared_address(&c.s.split.k[c.s.split.at(token, unit)]), k + at, is_old);
         cp_async_16(shared_address(&c.s.split.v[c.s.split.at(token, unit)]), v + at, is_old);
     }
@@ -434,8 +437,8 @@ template <class T, int DIM> __device__ __forceinline__ void run_attention(const 
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 if ((unsigned)(2 * t + h) >= heads) continue;
-                uint64_t *to = c.a.words.partial +
-                               ((size_t)u.slot * c.a.nhead + u.kvhead * heads + 2 * t + h) * (DIM + 2);
+                uint64_t *to =
+                    c.a.words.partial + ((size_t)u.slot * c.a.nhead + u.kvhead * heads + 2 * t + h) * (DIM + 2);
                 const unsigned d = 16 * c.warp + g;
                 store_word(to + d, tagged(__float_as_uint(part.o[h]), c.tag));
                 store_word(to + d + 8, tagged(__float_as_uint(part.o[h + 2]), c.tag));
@@ -464,7 +467,8 @@ template <class T, int DIM> __device__ __forceinline__ void run_merge(const Cons
 #pragma unroll 1
         for (int first = 0; first < info.nsplit; first += AT_ONCE) {
             const int count = min(AT_ONCE, info.nsplit - first);
-            /* lane j < 16 waits for maximum (j even) or sum of split first + j / 2; all for their dimension's outputs */
+            /* lane j < 16 waits for maximum (j even) or sum of split first + j / 2; all for their dimension's outputs
+             */
             const uint64_t *mine = part + share * 32 + c.lane;
             const uint64_t *aside = part + (size_t)min((int)c.lane / 2, count - 1) * stride + DIM + c.lane % 2;
             uint64_t v[AT_ONCE], other = load_word(aside);
@@ -503,8 +507,7 @@ template <class T, int DIM> __device__ __forceinline__ void run_merge(const Cons
 /* ---- phases ---- */
 
 /* Asks for what the end of the block's first row tile needs, ahead of x. */
-template <class T, int DIM>
-__device__ __forceinline__ void prefetch_qkv(const Consumer<T, DIM> &c, const T *bias) {
+template <class T, int DIM> __device__ __forceinline__ void prefetch_qkv(const Consumer<T, DIM> &c, const T *bias) {
     if (c.warp % 8 != c.turn % 8 || !works_on(c, QKV_W)) return;
     const unsigned pair = c.s.rings.shares[QKV_W].first * 8, head = pair / (DIM / 2), j = pair % (DIM / 2);
     if (c.lane < 2) prefetch_l1(bias + head * DIM + j + c.lane * (DIM / 2));
@@ -588,7 +591,7 @@ template <class T, int DIM> __device__ __forceinline__ void run_down(Consumer<T,
     const unsigned most = HAND / 8 / c.rows / PIECE * PIECE, row_words = m.ktiles * 8, pitch = most * 8 + 8;
     const uint64_t *words = c.a.words.act;
     uint32_t *hand = c.s.hand[c.warp];
-    float(*sums)[128] = m.parts == 16 ? c.s.sums[0] : c.s.sums[0] + 8 * c.group;
+    float (*sums)[128] = m.parts == 16 ? c.s.sums[0] : c.s.sums[0] + 8 * c.group;
     if (share.count == 0) return;
 #pragma unroll 1
     for (unsigned n = 0; n < share.count; n += work.step) {
@@ -705,7 +708,8 @@ __device__ __forceinline__ void describe_rows(const Whole &a, Memory<T, DIM> &s,
     unsigned cache = 0;
     if (is_row)
         cache = (((unsigned)table[position >> a.kv_shift] * a.nkvhead << a.kv_shift) +
-                 (position & ((1u << a.kv_shift) - 1))) * DIM;
+                 (position & ((1u << a.kv_shift) - 1))) *
+                DIM;
     int slot = 0, row0 = (int)lane, first_new = position;
     for (int r = 0; r < ROWS; r++) { /* rows of one sequence stand together */
         const int other = __shfl_sync(~0u, position, r), other_seq = __shfl_sync(~0u, seq, r);
@@ -735,8 +739,8 @@ template <class T, int DIM> __global__ void __launch_bounds__(BLOCK, 1) whole_ke
         return;
     }
 
-    Consumer<T, DIM> c = {a,    s,    x,        operand, slots, warp,
-                          lane, warp / 8, rows, nlogit,  epoch * a.weights.nlayer + 1, {}, 0};
+    Consumer<T, DIM> c = {a,  s, x, operand, slots, warp, lane, warp / 8, rows, nlogit, epoch * a.weights.nlayer + 1,
+                          {}, 0};
 #pragma unroll 1
     for (size_t layer = 0; layer < a.weights.nlayer; layer++, c.tag++) {
         if (c.group == 0) load_old(c, gridDim.x - 1 - blockIdx.x, layer);
@@ -854,7 +858,7 @@ lla_status lla_cuda_whole(const lla_cuda_ctx *ctx, const lla_whole_args *args) {
     a.kv_stride = args->kv_stride;
     a.next = (int32_t *)(m + io.next);
     a.epoch = (uint32_t *)(words + mail.epoch);
-    a.words = Words{words + mail.x_attn, words + mail.x_mlp, words + mail.qkv,  words + mail.attn,
+    a.words = Words{words + mail.x_attn, words + mail.x_mlp,   words + mail.qkv, words + mail.attn,
                     words + mail.act,    words + mail.partial, words + mail.best};
     a.hidden = hidden;
     a.nhead = (unsigned)d.nhead;

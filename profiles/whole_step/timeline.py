@@ -1,21 +1,48 @@
-import csv,sys,collections
-ev=collections.defaultdict(dict)
-for r in csv.DictReader(open(sys.argv[1])):
-    ev[int(r['event']),int(r['group'])][int(r['sm'])]=int(r['ns'])
-nl=(max(e for e,_ in ev))//16
-names={0:'x normed',1:'qkv sent',2:'attn/merge done',3:'attn gathered',4:'o done',5:'x2 normed',6:'act gathered',7:'down done',8:'gu tile 0',9:'gu tile 1',10:'gu tile 2',11:'gu tile 3',12:'gu tile 4',14:'down product'}
-acc=collections.defaultdict(list)
-for l in range(4,nl-1):
-    base=max(ev[(l-1)*16+7,0].values())
-    for e in range(16):
-        for g in range(2):
-            d=ev.get((l*16+e,g))
-            if d:
-                v=sorted(d.values())
-                acc[e,g].append((v[0]-base,v[len(v)//2]-base,v[-1]-base,len(v)))
-for e in [0,1,2,3,4,5,8,9,10,11,12,6,14,7]:
-  for g in (0,1):
-    v=acc.get((e,g))
-    if not v: continue
-    m=[sum(x[i] for x in v)/len(v)/1000 for i in range(3)]
-    print(f"{names[e]:18s} group {g}  n={v[0][3]:3d}  first {m[0]:7.2f}  median {m[1]:7.2f}  last {m[2]:7.2f} us")
+"""When the phases of a layer begin, from `llaisys-bench --trace FILE` of the whole-step prototype.
+
+usage: timeline.py FILE
+
+One line a phase and group of warps: microseconds since the last block finished the layer before, of the first, median and
+last block, averaged over the layers behind the first four.
+"""
+
+import collections
+import csv
+import sys
+
+EVENTS = 16  # of a layer, as the prototype marks them
+NAMES = {
+    0: "x normed",
+    1: "qkv sent",
+    2: "attention or merge done",
+    3: "attention gathered",
+    4: "o done",
+    5: "x normed again",
+    8: "gate_up row tile 0",
+    9: "gate_up row tile 1",
+    10: "gate_up row tile 2",
+    11: "gate_up row tile 3",
+    12: "gate_up row tile 4",
+    6: "activations gathered",
+    14: "down multiplied",
+    7: "down done",
+}
+
+times = collections.defaultdict(list)
+with open(sys.argv[1]) as file:
+    for row in csv.DictReader(file):
+        times[int(row["event"]), int(row["group"])].append(int(row["ns"]))
+layers = max(event for event, _ in times) // EVENTS
+for event, name in NAMES.items():
+    for group in (0, 1):
+        spans = []
+        for layer in range(4, layers - 1):
+            start = max(times[(layer - 1) * EVENTS + 7, 0])
+            found = sorted(times.get((layer * EVENTS + event, group), ()))
+            if found:
+                spans.append([t - start for t in (found[0], found[len(found) // 2], found[-1])])
+        if spans:
+            means = [sum(column) / len(spans) / 1000 for column in zip(*spans)]
+            print(
+                f"{name:24s} group {group}  first {means[0]:6.2f}  median {means[1]:6.2f}  last {means[2]:6.2f} us"
+            )

@@ -178,6 +178,9 @@ def load_engine(lib: CDLL) -> None:
         }.get(Status(status), LlaisysError)(message)
 
     declare(lib, "llaisysEngineOpen", engine, c_char_p, POINTER(LlaisysEngineOptions))
+    # As llaisysQwen2Plan, a string to be freed.
+    options = POINTER(LlaisysEngineOptions)
+    declare(lib, "llaisysEnginePlan", c_void_p, c_char_p, options, c_char_p)
     for name, *argtypes in (
         ("Submit", POINTER(LlaisysRequest), POINTER(c_uint64)),
         ("Cancel", c_uint64),
