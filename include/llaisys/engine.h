@@ -81,7 +81,7 @@ struct LlaisysLogprob {
 
 /* A request zeroed but for its prompt is answered greedily up to an end token or a full sequence.
  *
- * A token is chosen from the logits in this order, as in transformers and vLLM: logit_bias is added; repetition_penalty
+ * A token is chosen from the logits in this order, that of transformers: logit_bias is added; repetition_penalty
  * divides positive and multiplies other logits of the tokens in prompt and answer; frequency_penalty times how often a
  * token stands in the answer, and presence_penalty if it does, are subtracted. Then the largest is taken, or, with a
  * temperature: logits / temperature, the top_k largest, the fewest of these that reach top_p of the probability, and of
