@@ -13,6 +13,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from . import hub
 from .errors import ApiError
 from .hub import Choice, Generation, Hub
 from .prepare import Model, Prepared
@@ -93,12 +94,23 @@ class Answer(Response):
     """What a request for text is answered with; ends the generation when the client goes away."""
 
     def __init__(
-        self, hub: Hub, model: Model, generation: Generation, prepared: Prepared, *, is_chat: bool
+        self,
+        engine_hub: Hub,
+        model: Model,
+        generation: Generation,
+        prepared: Prepared,
+        *,
+        is_chat: bool,
     ) -> None:
         # not Response's own: there is no body yet
         self.status_code = 200
         self.background = None
-        self.hub, self.model, self.generation, self.prepared = hub, model, generation, prepared
+        self.hub, self.model, self.generation, self.prepared = (
+            engine_hub,
+            model,
+            generation,
+            prepared,
+        )
         self.is_chat = is_chat
         self.texts = [ChoiceText(choice, model, prepared) for choice in generation.choices]
         self.created = int(time.time())
@@ -272,11 +284,14 @@ class Answer(Response):
                 pieces.append(f'{head}],"usage":{usage},"timings":{timings}}}\n\n')
             if not left or error is not None:
                 pieces.append("data: [DONE]\n\n")
+            now = time.monotonic()
+            if not pieces and now - generation.written > hub.KEEP_ALIVE:
+                pieces.append(": waiting\n\n")
             if pieces:
                 body = "".join(pieces).encode()
                 pieces.clear()
                 more = bool(left) and error is None
-                generation.writing_since = time.monotonic()
+                generation.written = generation.writing_since = now
                 await send({"type": "http.response.body", "body": body, "more_body": more})
                 generation.writing_since = 0.0
 

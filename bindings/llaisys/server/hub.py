@@ -17,8 +17,9 @@ from ..engine import Engine, EngineBusy, EngineClosed, Request
 from ..libllaisys.engine import Finish, LlaisysEvent
 from .metrics import Metrics
 
-__all__ = ["Choice", "Generation", "Hub"]
+__all__ = ["KEEP_ALIVE", "Choice", "Generation", "Hub"]
 
+KEEP_ALIVE = 15.0  # seconds after which a stream that waits sends a comment, for proxies
 FEW = 4  # requests with news in a round after which there is no pause
 PAUSE_PER_REQUEST = 0.0003  # seconds; passing news of one on takes about a tenth of it
 FINISH = {finish: finish.name.lower() for finish in Finish}
@@ -81,6 +82,7 @@ class Generation:
         self.choices: list[Choice] = []
         self.ended: str | None = None  # why the server gave up: "disconnect", "timeout", "stall"
         self.begun = time.monotonic()
+        self.written = self.begun  # when something was last sent
         self.writing_since = 0.0  # monotonic seconds; 0 while nothing is being written
         self.abort: Callable[[], None] | None = None  # closes the client's connection at once
         self._waiter: asyncio.Future[None] | None = None
@@ -208,6 +210,8 @@ class Hub:
                         generation.abort()
                 elif now - generation.begun > total:
                     generation.give_up("timeout")
+                elif now - generation.written > KEEP_ALIVE:
+                    generation.wake()  # to send a sign of life
 
     async def drain(self, timeout: float) -> None:
         """Refuses new requests, waits for those under way, then ends what is left with "closed"."""
