@@ -438,6 +438,21 @@ def test_loading():
     assert client.get("/metrics").status_code == 200
 
 
+def test_failure_within(monkeypatch):
+    """What nobody has foreseen is a 500 in OpenAI's shape, and tells strangers nothing."""
+    testclient = pytest.importorskip("starlette.testclient")
+    from llaisys.server import app
+    from llaisys.server.config import Config
+
+    server = app.Server(Config(str(MINI)))
+    client = testclient.TestClient(app.make_app(server))
+    monkeypatch.setattr(server.metrics, "text", lambda: 1 / 0)
+    answer = client.get("/metrics")
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "internal_error"
+    assert "ZeroDivision" not in answer.text
+
+
 def test_page(tmp_path, monkeypatch):
     """A page is served with its files, may load and call this server alone, and needs no key."""
     testclient = pytest.importorskip("starlette.testclient")

@@ -37,18 +37,20 @@ class Choice:
         "first_s",
         "generation",
         "index",
+        "logprobs",
         "message",
         "number",
         "prompt",
         "queued_s",
         "tokens",
         "told",
-    )  # fmt: skip
+    )
 
     def __init__(self, generation: Generation, index: int) -> None:
         self.generation, self.index = generation, index
         self.number = 0  # the engine's
         self.tokens: list[int] = []  # unread
+        self.logprobs: list[list[tuple[int, float]]] = []  # unread: the token's, then the top ones
         self.finish: str | None = None
         self.message: str | None = None
         self.prompt = self.cached = self.completion = 0
@@ -59,6 +61,10 @@ class Choice:
         count = event.ntoken
         if count:
             self.tokens += event.tokens[:count]
+            width = getattr(event, "nlogprob", 0)  # per token; 0 where nobody asked
+            for i in range(0, count * width, width or 1):
+                entry = event.logprobs[i : i + width]
+                self.logprobs.append([(item.token, item.logprob) for item in entry])
         if not self.completion:
             self.prompt, self.cached = event.prompt_tokens, event.cached_tokens
             self.queued_s, self.first_s = event.queued_s, event.first_token_s
