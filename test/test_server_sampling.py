@@ -29,7 +29,7 @@ def server(tmp_path_factory):
 
 def text_of(server, **options):
     body = server.ask(
-        COMPLETIONS, {"prompt": "Hello", "max_tokens": 30, "ignore_eos": True} | options
+        COMPLETIONS, {"prompt": "Hello", "max_tokens": 60, "ignore_eos": True} | options
     )[2]
     return body["choices"][0]["text"]
 
@@ -44,7 +44,7 @@ def test_parameters_arrive(server):
         ("frequency_penalty", 2),
         ("repetition_penalty", 2),
     ):
-        assert text_of(server, temperature=0, **{name: value}) != plain, name
+        assert text_of(server, **noisy, **{name: value}) != noise, name
     assert text_of(server, min_p=1, **noisy) == plain  # the likeliest token alone
     neutral = {"min_p": 0, "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1}
     assert text_of(server, **noisy, **neutral, logit_bias={}) == noise
@@ -53,7 +53,7 @@ def test_parameters_arrive(server):
 def test_logit_bias(server):
     tokenizer = Tokenizer(MINI)
     (token,) = tokenizer.encode("x", add_special_tokens=False)
-    assert text_of(server, temperature=0, logit_bias={str(token): 100}) == "x" * 30
+    assert text_of(server, temperature=0, logit_bias={str(token): 100}) == "x" * 60
     first = tokenizer.encode(text_of(server, temperature=0), add_special_tokens=False)[0]
     banned = text_of(server, temperature=0, max_tokens=1, logit_bias={str(first): -100})
     assert tokenizer.encode(banned, add_special_tokens=False) != [first]
