@@ -161,6 +161,13 @@ def test_stop_strings(server):
     cut = server.chat(question, stop=full[5:8])
     assert cut["usage"]["completion_tokens"] < server.chat(question)["usage"]["completion_tokens"]
     server.idle()
+    # and the engine does not go on behind it
+    text = server.ask(COMPLETIONS, LONG)[2]["choices"][0]["text"]
+    before = server.metric("vllm:generation_tokens_total")
+    for _ in range(4):
+        assert server.ask(COMPLETIONS, {**LONG, "stop": text[:3]})[2]["choices"][0]["text"] == ""
+    server.idle()
+    assert server.metric("vllm:generation_tokens_total") - before < 4 * 600
 
 
 def test_stop_tokens(server, tokenizer):
@@ -299,6 +306,7 @@ def test_request_ids_and_log(server):
 def test_disconnects(server):
     """A thousand that go away in prefill, in decode or while they wait: nothing is left of them."""
     rng = random.Random(1)
+    server.chat("Who are you?", max_tokens=1)
     server.idle()
     finished = server.metric("vllm:request_success_total")
     accepted = 0
@@ -325,11 +333,17 @@ def test_pipelined_requests_of_a_client_that_goes(server):
     """The one being answered ends, too, not only the last of them."""
     body = json.dumps({**LONG, "stream": True}).encode()
     head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
-    sock = server.open(COMPLETIONS, {**LONG, "stream": True})
-    sock.sendall((head.encode() + body) * 3)
+    before = len([e for e in server.requests() if e.get("finish") == "disconnect"])
+    sock = server.open(COMPLETIONS, {**LONG, "n": 16, "stream": True})
     sock.recv(1000)
+    sock.sendall((head.encode() + body) * 3)
+    time.sleep(0.05)
     sock.close()
-    server.idle(timeout=3)
+    server.idle()
+    deadline = time.monotonic() + 5
+    while len([e for e in server.requests() if e.get("finish") == "disconnect"]) == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_slow_reader_holds_nobody_up(tmp_path):
@@ -361,6 +375,21 @@ def test_request_timeout(tmp_path):
         server.idle()
 
 
+def test_sign_of_life(tmp_path):
+    """A stream that waits in the queue sends comments, which clients skip."""
+    program = (
+        "import sys; import llaisys.server.hub as hub; hub.KEEP_ALIVE = 0.1; "
+        "from llaisys.cli import main; sys.exit(main())"
+    )
+    with Served(tmp_path / "log", "--max-seqs", 1, program=program) as slow:
+        ahead = slow.open(COMPLETIONS, {**LONG, "n": 10})
+        time.sleep(0.1)
+        _, _, text = slow.ask(COMPLETIONS, {"prompt": "Hello", "max_tokens": 2, "stream": True})
+        assert text.startswith(": waiting\n\n")
+        assert text.endswith("data: [DONE]\n\n")
+        ahead.close()
+
+
 # ---- full, loading, draining ----
 
 
@@ -388,8 +417,11 @@ def test_full_queue(tmp_path):
         assert statuses.count(200) >= 4
         assert all(retry == (status == 429) for status, retry in results)
         # more at once than there is room for, ever: nothing of it stays
+        server.idle()
+        before = server.metric("vllm:generation_tokens_total")
         assert server.ask(COMPLETIONS, {**LONG, "n": 10})[0] == 429
         server.idle()
+        assert server.metric("vllm:generation_tokens_total") - before < 900
 
 
 def test_loading():
@@ -404,6 +436,44 @@ def test_loading():
         assert answer.status_code == 503
         assert answer.headers["retry-after"] == "5"
     assert client.get("/metrics").status_code == 200
+
+
+def test_failure_within(monkeypatch):
+    """What nobody has foreseen is a 500 in OpenAI's shape, and tells strangers nothing."""
+    testclient = pytest.importorskip("starlette.testclient")
+    from llaisys.server import app
+    from llaisys.server.config import Config
+
+    server = app.Server(Config(str(MINI)))
+    client = testclient.TestClient(app.make_app(server))
+    monkeypatch.setattr(server.metrics, "text", lambda: 1 / 0)
+    answer = client.get("/metrics")
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "internal_error"
+    assert "ZeroDivision" not in answer.text
+
+
+def test_page(tmp_path, monkeypatch):
+    """A page is served with its files, may load and call this server alone, and needs no key."""
+    testclient = pytest.importorskip("starlette.testclient")
+    from llaisys.server import app
+    from llaisys.server.config import Config
+
+    (tmp_path / "page").mkdir()
+    (tmp_path / "secret").write_text("secret", encoding="utf-8")
+    (tmp_path / "page" / "index.html").write_text("<script src=page/app.js>", encoding="utf-8")
+    (tmp_path / "page" / "app.js").write_text("1", encoding="utf-8")
+    monkeypatch.setattr(app, "PAGE", tmp_path / "page")
+    client = testclient.TestClient(app.make_app(app.Server(Config(str(MINI), api_keys=("x",)))))
+    for path, kind in (("/", "text/html"), ("/page/app.js", "text/javascript")):
+        answer = client.get(path)
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith(kind)
+        assert "script-src 'self';" in answer.headers["content-security-policy"]
+        assert answer.headers["x-content-type-options"] == "nosniff"
+    for path in ("/page/../secret", "/page/%2e%2e/secret", "/page/nothing.js"):
+        assert client.get(path).status_code in (401, 404)
+    assert client.get("/docs").status_code == 401
 
 
 def test_drain_lets_answers_finish(tmp_path):

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "bindings"), str(ROOT / "test")]
 
 pytest.importorskip("uvicorn")
+from llaisys.server.prepare import ENGINE
 from server_utils import Served, chat_body
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -33,6 +34,11 @@ def server(tmp_path_factory):
         served.idle()
         assert '"failure"' not in served.log()
         assert "Traceback" not in served.log()
+
+
+def absent(name, *values):
+    """Values of a parameter that are refused as long as the engine does not have it."""
+    return [] if name in ENGINE else list(values)
 
 
 def refused(server, status, param, path, body, *words):
@@ -96,13 +102,14 @@ def test_messages(server, messages, param):
         ("top_p", [-1, 2, "x"]),
         ("top_k", [-2, 2**31, 0.5]),
         ("seed", [2**64, -(2**63) - 1, "x"]),
-        ("min_p", [-1, 2, 0.5]),
-        ("presence_penalty", [-3, 3, 0.5]),
-        ("frequency_penalty", [-3, 3, 0.5]),
-        ("repetition_penalty", [0, -1, 3, 1.1]),
+        ("min_p", [-1, 2, *absent("min_p", 0.5)]),
+        ("presence_penalty", [-3, 3, *absent("presence_penalty", 0.5)]),
+        ("frequency_penalty", [-3, 3, *absent("frequency_penalty", 0.5)]),
+        ("repetition_penalty", [0, -1, 3, *absent("repetition_penalty", 1.1)]),
         ("stop", ["", "x" * 10_000, 5]),
         ("stop_token_ids", [[-1], [2048], [2**70], [1] * 65]),
-        ("logit_bias", [{"-1": 1}, {"2048": 1}, {"x": 1}, {"5": 1}, {"9" * 30: 1}]),
+        ("logit_bias", [{"-1": 1}, {"2048": 1}, {"x": 1}, {"9" * 30: 1}, {"5": 101}]),
+        ("logit_bias", absent("logit_bias", {"5": 1})),
         ("stream", ["yes", 1]),
         ("cache_salt", ["", 5]),
         ("ignore_eos", ["no"]),
@@ -119,7 +126,8 @@ def test_values_of_both(server, param, values):
 @pytest.mark.parametrize(
     ("param", "value"),
     [
-        *(("top_logprobs", -1), ("top_logprobs", 10**6), ("top_logprobs", 5), ("logprobs", True)),
+        *(("top_logprobs", -1), ("top_logprobs", 10**6), ("top_logprobs", 5)),
+        *[("logprobs", value) for value in absent("logprobs", True)],
         *(("response_format", "sound"), ("response_format", {"type": "json_object"})),
         ("response_format", {"type": "json_schema", "json_schema": {"schema": {}}}),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
@@ -179,8 +187,7 @@ def test_prompts_deeper(server):
     refused(server, 400, "prompt[1]", COMPLETIONS, {"prompt": ["a", 1]})
     for body, param in (
         ({"suffix": "x"}, "suffix"),
-        ({"logprobs": 0}, "logprobs"),
-        ({"logprobs": 21}, "logprobs"),
+        *[({"logprobs": value}, "logprobs") for value in (*absent("logprobs", 0), 21)],
         ({"best_of": 3}, "best_of"),
         ({"n": 40}, "prompt"),
     ):
@@ -201,7 +208,8 @@ def test_longer_than_the_context(server):
 
 
 def test_unsupported_says_so(server):
-    error = refused(server, 400, "min_p", CHAT, {"messages": USER, "min_p": 0.1}, "min_p")
+    body = {"messages": USER, "suffix": "x", "tool_choice": "required"}
+    error = refused(server, 400, "tool_choice", CHAT, body, "tool_choice")
     assert error["code"] == "unsupported_parameter"
 
 

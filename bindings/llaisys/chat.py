@@ -30,7 +30,7 @@ __all__ = ["Chat", "ChatError", "Local", "Remote"]
 HELP = """\
 /new                 forget what was said
 /system TEXT         what the model is told first; without TEXT, show it
-/set NAME VALUE      temperature, top_p, top_k, seed, max_tokens, stop, think; no VALUE: back to default
+/set NAME VALUE      temperature, top_p, top_k, seed, max_tokens, stop, think, ...; no VALUE: the default
 /regenerate          answer the last question again
 /edit [TEXT]         change the last question, and ask it again
 /show                all that was said
@@ -43,6 +43,10 @@ SETTINGS: dict[str, Callable[[str], Any]] = {
     "temperature": float,
     "top_p": float,
     "top_k": int,
+    "min_p": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "repetition_penalty": float,
     "seed": int,
     "max_tokens": int,
     "stop": str,
@@ -123,6 +127,7 @@ class Local:
 class _LocalChoice:
     def __init__(self) -> None:
         self.tokens: list[int] = []
+        self.logprobs: list[list[tuple[int, float]]] = []  # never asked for
         self.finish: str | None = None
         self.message: str | None = None
         self.cached = self.prompt = 0

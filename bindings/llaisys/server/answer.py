@@ -13,6 +13,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from . import hub
 from .errors import ApiError
 from .hub import Choice, Generation, Hub
 from .prepare import Model, Prepared
@@ -34,6 +35,8 @@ class ChoiceText:
         self.choice = choice
         self.count = 0  # tokens read, up to the stop string
         self.finish_reason: str | None = None
+        self.logprobs: list[list[tuple[int, float]]] = []  # of the tokens that the last read gave
+        self.offset = 0  # of the next token in the text, in characters
         self._detokenizer = Detokenizer(model.table)
         self._reasoning = None if prepared.reasoning is None else Reasoning(prepared.reasoning)
         self._stops = StopStrings(prepared.stops) if prepared.stops else None
@@ -46,6 +49,8 @@ class ChoiceText:
         end = len(tokens)
         if finish == "stop" and tokens:
             end -= 1  # the token that ends the text is no part of it
+        if choice.logprobs:
+            self.logprobs, choice.logprobs = choice.logprobs[:end], []
         if self._stops is None:
             self.count += len(tokens)
             thoughts, text = self._push(tokens[:end])
@@ -57,6 +62,7 @@ class ChoiceText:
                 self.count += 1
                 if self._stops.matched is not None:
                     self.finish_reason = "stop"
+                    self.logprobs = self.logprobs[: i + 1]
                     return thoughts, text
             self.count += len(tokens) - end
         if finish in ("stop", "length"):
@@ -93,12 +99,23 @@ class Answer(Response):
     """What a request for text is answered with; ends the generation when the client goes away."""
 
     def __init__(
-        self, hub: Hub, model: Model, generation: Generation, prepared: Prepared, *, is_chat: bool
+        self,
+        engine_hub: Hub,
+        model: Model,
+        generation: Generation,
+        prepared: Prepared,
+        *,
+        is_chat: bool,
     ) -> None:
         # not Response's own: there is no body yet
         self.status_code = 200
         self.background = None
-        self.hub, self.model, self.generation, self.prepared = hub, model, generation, prepared
+        self.hub, self.model, self.generation, self.prepared = (
+            engine_hub,
+            model,
+            generation,
+            prepared,
+        )
         self.is_chat = is_chat
         self.texts = [ChoiceText(choice, model, prepared) for choice in generation.choices]
         self.created = int(time.time())
@@ -196,18 +213,52 @@ class Answer(Response):
     def _echo(self, index: int) -> str:
         return self.prepared.echo[index // self.prepared.n] if self.prepared.echo else ""
 
+    def _logprobs(self, text: ChoiceText) -> dict[str, Any] | None:
+        """Log-probabilities of the tokens that the last read gave, in OpenAI's two forms."""
+        if not self.prepared.logprobs:
+            return None
+        entries, text.logprobs = text.logprobs, []
+        name, data = self.model.name_of, self.model.table.spelled
+
+        def show(token: int, value: float) -> dict[str, Any]:
+            value = max(value, -9999.0)  # JSON has no infinity
+            return {"token": name(token), "logprob": value, "bytes": list(data(token))}
+
+        if self.is_chat:
+            return {
+                "content": [
+                    show(*own) | {"top_logprobs": [show(*item) for item in top if item[0] >= 0]}
+                    for own, *top in entries
+                ]
+            }
+        result: dict[str, Any] = {
+            "tokens": [name(own[0]) for own, *_ in entries],
+            "token_logprobs": [max(own[1], -9999.0) for own, *_ in entries],
+            "top_logprobs": [
+                {name(t): max(value, -9999.0) for t, value in [own, *top] if t >= 0}
+                for own, *top in entries
+            ],
+            "text_offset": [],
+        }
+        for token in result["tokens"]:
+            result["text_offset"].append(text.offset)
+            text.offset += len(token)
+        return result
+
     # ---- one object ----
 
     async def _whole(self, send: Send) -> None:
         parts: list[list[tuple[str, str]]] = [[] for _ in self.texts]
+        logprobs: list[dict[str, Any] | None] = [None for _ in self.texts]
         error = None
         while error is None and any(text.finish_reason is None for text in self.texts):
             await self.generation.wait()
             if self.generation.ended == "disconnect":
                 return
-            for text, part in zip(self.texts, parts, strict=True):
+            for index, (text, part) in enumerate(zip(self.texts, parts, strict=True)):
                 if text.finish_reason is None:
                     part.append(self._read(text))
+                    logprobs[index] = _join(logprobs[index], self._logprobs(text))
                     error = error or self._failure(text)
         if error is not None:
             await _send_json(send, error.status, error.json(), error.headers.items())
@@ -223,7 +274,8 @@ class Answer(Response):
                     choice["message"]["reasoning_content"] = thoughts or None
             else:
                 choice["text"] = answer
-            choices.append(choice | {"logprobs": None, "finish_reason": text.finish_reason})
+            choice |= {"logprobs": logprobs[index], "finish_reason": text.finish_reason}
+            choices.append(choice)
         body = {
             "id": self.id,
             "object": "chat.completion" if self.is_chat else "text_completion",
@@ -260,7 +312,7 @@ class Answer(Response):
                 if text.finish_reason is not None:
                     continue
                 thoughts, answer = self._read(text)
-                if thoughts or answer or text.finish_reason is not None:
+                if thoughts or answer or text.logprobs or text.finish_reason is not None:
                     pieces.append(head + self._delta(index, text, thoughts, answer) + tail)
                 left -= text.finish_reason is not None
                 error = error or self._failure(text)
@@ -272,11 +324,14 @@ class Answer(Response):
                 pieces.append(f'{head}],"usage":{usage},"timings":{timings}}}\n\n')
             if not left or error is not None:
                 pieces.append("data: [DONE]\n\n")
+            now = time.monotonic()
+            if not pieces and now - generation.written > hub.KEEP_ALIVE:
+                pieces.append(": waiting\n\n")
             if pieces:
                 body = "".join(pieces).encode()
                 pieces.clear()
                 more = bool(left) and error is None
-                generation.writing_since = time.monotonic()
+                generation.written = generation.writing_since = now
                 await send({"type": "http.response.body", "body": body, "more_body": more})
                 generation.writing_since = 0.0
 
@@ -296,7 +351,14 @@ class Answer(Response):
             content = f',"content":{quote(answer)}' if answer else ""
             delta = f'"delta":{{"reasoning_content":{quote(thoughts)}{content}}}'
         reason = f'"{text.finish_reason}"' if text.finish_reason else "null"
-        return f'{{"index":{index},{delta},"logprobs":null,"finish_reason":{reason}}}'
+        logprobs = self._logprobs(text)
+        told = json.dumps(logprobs) if logprobs else "null"
+        return f'{{"index":{index},{delta},"logprobs":{told},"finish_reason":{reason}}}'
+
+
+def _join(a: dict[str, Any] | None, b: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Two pieces of log-probabilities as one."""
+    return {key: a[key] + b[key] for key in b} if a and b else a or b
 
 
 async def _send_json(

@@ -104,6 +104,7 @@ def make_app(server: Server) -> ASGIApp:
     )
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_failure)
     _add_openai(app, server)
     _add_tools(app, server)
     _add_pages(app)
@@ -123,6 +124,11 @@ async def _on_api_error(_request: Request, error: Exception) -> Response:
     return Response(
         error.json(), error.status, headers=error.headers, media_type="application/json"
     )
+
+
+async def _on_failure(request: Request, _error: Exception) -> Response:
+    """The gate logs what it was."""
+    return await _on_api_error(request, ApiError(500, "the server failed", code="internal_error"))
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

@@ -65,9 +65,8 @@ class Gate:
             await send_error(tell, error)
         except Exception:
             log("failure", logging.ERROR, trace=True, id=request_id, path=scope["path"])
-            if status:
-                raise  # uvicorn cuts the connection, so that nobody takes it for a whole answer
-            await send_error(tell, ApiError(500, "the server failed", code="internal_error"))
+            if status != 500:  # amid an answer: uvicorn cuts the connection, so that nobody
+                raise  # takes it for a whole one. Before it, FastAPI has answered
         finally:
             self._note(scope, status, request_id, time.monotonic() - begun)
 

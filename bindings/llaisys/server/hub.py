@@ -17,8 +17,9 @@ from ..engine import Engine, EngineBusy, EngineClosed, Request
 from ..libllaisys.engine import Finish, LlaisysEvent
 from .metrics import Metrics
 
-__all__ = ["Choice", "Generation", "Hub"]
+__all__ = ["KEEP_ALIVE", "Choice", "Generation", "Hub"]
 
+KEEP_ALIVE = 15.0  # seconds after which a stream that waits sends a comment, for proxies
 FEW = 4  # requests with news in a round after which there is no pause
 PAUSE_PER_REQUEST = 0.0003  # seconds; passing news of one on takes about a tenth of it
 FINISH = {finish: finish.name.lower() for finish in Finish}
@@ -36,18 +37,20 @@ class Choice:
         "first_s",
         "generation",
         "index",
+        "logprobs",
         "message",
         "number",
         "prompt",
         "queued_s",
         "tokens",
         "told",
-    )  # fmt: skip
+    )
 
     def __init__(self, generation: Generation, index: int) -> None:
         self.generation, self.index = generation, index
         self.number = 0  # the engine's
         self.tokens: list[int] = []  # unread
+        self.logprobs: list[list[tuple[int, float]]] = []  # unread: the token's, then the top ones
         self.finish: str | None = None
         self.message: str | None = None
         self.prompt = self.cached = self.completion = 0
@@ -58,6 +61,10 @@ class Choice:
         count = event.ntoken
         if count:
             self.tokens += event.tokens[:count]
+            width = getattr(event, "nlogprob", 0)  # per token; 0 where nobody asked
+            for i in range(0, count * width, width or 1):
+                entry = event.logprobs[i : i + width]
+                self.logprobs.append([(item.token, item.logprob) for item in entry])
         if not self.completion:
             self.prompt, self.cached = event.prompt_tokens, event.cached_tokens
             self.queued_s, self.first_s = event.queued_s, event.first_token_s
@@ -81,6 +88,7 @@ class Generation:
         self.choices: list[Choice] = []
         self.ended: str | None = None  # why the server gave up: "disconnect", "timeout", "stall"
         self.begun = time.monotonic()
+        self.written = self.begun  # when something was last sent
         self.writing_since = 0.0  # monotonic seconds; 0 while nothing is being written
         self.abort: Callable[[], None] | None = None  # closes the client's connection at once
         self._waiter: asyncio.Future[None] | None = None
@@ -208,6 +216,8 @@ class Hub:
                         generation.abort()
                 elif now - generation.begun > total:
                     generation.give_up("timeout")
+                elif now - generation.written > KEEP_ALIVE:
+                    generation.wake()  # to send a sign of life
 
     async def drain(self, timeout: float) -> None:
         """Refuses new requests, waits for those under way, then ends what is left with "closed"."""

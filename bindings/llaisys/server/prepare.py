@@ -1,13 +1,14 @@
 """From a request of a client to requests of the engine, or an ApiError that says what is wrong.
 
-UNSUPPORTED is the one place that knows which parameters the engine cannot follow yet: whatever is
-in it must have its neutral value, and is refused otherwise, since ignoring it would give another
-answer than the one asked for.
+NEUTRAL is the one place that knows which parameters may not be followed: what neither the server nor
+the engine's Request has must be neutral, and is refused otherwise, since ignoring it would give
+another answer than the one asked for.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import json
 import random
@@ -32,14 +33,19 @@ from .text import THINK, THINK_END, TokenTable
 
 __all__ = ["Model", "Prepared"]
 
+# what this engine's requests can ask for
+ENGINE = frozenset(item.name for item in dataclasses.fields(Request))
+# parameters that are the engine's under the same name
+PASSED = ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 # parameter -> its neutral values
-UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "min_p": (0,),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),
     "logit_bias": ({},),
     "top_logprobs": (0,),
+    "logprobs": (False,),  # 0 asks for those of the tokens chosen
     "tools": ([],),
     "functions": ([],),
     "tool_choice": ("none", "auto"),
@@ -63,6 +69,7 @@ class Prepared:
     reasoning: bool | None = None  # None: thoughts are not told apart; True: the prompt opens them
     echo: list[str] = field(default_factory=list)  # texts put before the answers, by prompt
     n: int = 1  # answers to each prompt
+    logprobs: bool = False
     ignored: list[str] = field(default_factory=list)  # parameters that are not known
 
 
@@ -79,6 +86,14 @@ class Model:
         template = self.tokenizer.chat_template or ""
         self.thinks = THINK_END in template or self.tokenizer.token_id(THINK_END) is not None
         self.max_seq = self.vocab = 0  # known once the engine is open
+
+    def name_of(self, token: int) -> str:
+        """How OpenAI writes a token: its text, or its bytes where they are no whole characters."""
+        data = self.table.spelled(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     # ---- prompts ----
 
@@ -172,13 +187,14 @@ class Model:
         if kwargs and len(json.dumps(kwargs)) > MAX_KWARGS:
             raise ApiError(400, "chat_template_kwargs: too long", param="chat_template_kwargs")
         self._check_ids(request)
-        for name, neutral in UNSUPPORTED.items():
+        for name, neutral in NEUTRAL.items():
             value = getattr(request, name, None)
-            if value is not None and value not in neutral:
+            if name.removeprefix("top_") in ENGINE or value is None:
+                continue
+            if value not in neutral or (name == "logprobs" and value is not False):
                 raise _unsupported(name)
-        logprobs = getattr(request, "logprobs", None)
-        if logprobs is not None and logprobs is not False:  # 0 asks for those of the tokens chosen
-            raise _unsupported("logprobs")
+        if getattr(request, "top_logprobs", None) and not request.logprobs:
+            raise ApiError(400, "top_logprobs: needs logprobs", param="top_logprobs")
         if request.response_format is not None and request.response_format.type != "text":
             raise _unsupported("response_format")
 
@@ -234,10 +250,20 @@ class Model:
         if request.cache_salt is not None:
             digest = hashlib.blake2b(request.cache_salt.encode(), digest_size=8).digest()
             salt = int.from_bytes(digest, "little")
+        options = {
+            name: value
+            for name in PASSED
+            if name in ENGINE and (value := getattr(request, name)) is not None
+        }
+        if "logit_bias" in ENGINE and request.logit_bias:
+            options["logit_bias"] = {int(key): bias for key, bias in request.logit_bias.items()}
+        if "logprobs" in ENGINE:
+            options["logprobs"] = _logprobs(request)
         requests = [
             Request(
                 ids,
                 most,
+                **options,
                 temperature=temperature,
                 top_p=top_p,
                 top_k=top_k,
@@ -250,12 +276,13 @@ class Model:
             for i in range(n)
         ]
         stop = request.stop
-        options = request.stream_options
+        streaming = request.stream_options
         return Prepared(
             requests,
             [stop] if isinstance(stop, str) else stop or [],
             is_stream=bool(request.stream),
-            include_usage=bool(options and options.include_usage),
+            include_usage=bool(streaming and streaming.include_usage),
+            logprobs=_logprobs(request) is not None,
             n=n,
             ignored=sorted(request.model_extra or ()),
         )
@@ -278,6 +305,14 @@ class Model:
                     f"prompt: expected token ids from 0 to {self.vocab - 1}, found {token}"[:200],
                     param=name,
                 )
+
+
+def _logprobs(request: GenerationRequest) -> int | None:
+    """How many of the most probable tokens are to be told beside each one; None: nothing."""
+    asked = getattr(request, "logprobs", None)
+    if isinstance(request, ChatRequest):
+        return (request.top_logprobs or 0) if asked else None
+    return asked
 
 
 RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "self"}

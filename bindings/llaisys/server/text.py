@@ -30,6 +30,10 @@ class TokenTable:
         except KeyError:
             return b"".join([self._look_up(token) for token in tokens])
 
+    def spelled(self, token: int) -> bytes:
+        """The bytes of a token, special or not."""
+        return self.tokenizer.token_bytes(token)
+
     def _look_up(self, token: int) -> bytes:
         found = self._bytes.get(token)
         if found is None:
