@@ -147,8 +147,7 @@ struct PieceCursor {
 enum { LANES_EACH = 32 / RINGS_EACH }; /* producer lanes that serve one ring */
 
 /* Producer warp p keeps rings p RINGS_EACH, ... filled, LANES_EACH lanes a ring, which copy 128 bytes at once. Plain
- * asynchronous copies: the copy engine (cp.async.bulk) takes some 360 cycles to start a copy, whatever its size, and
- * pieces are too small for that. */
+ * asynchronous copies; cp.async.bulk was only tried when something else was the limit. */
 __device__ __forceinline__ void fill_rings(Rings &rings, const Slots &slots, const Weights &w, bool with_head,
                                            unsigned window, unsigned ahead, unsigned pace, unsigned p) {
     const unsigned ring = p * RINGS_EACH + threadIdx.x % 32 / LANES_EACH, lane = threadIdx.x % LANES_EACH;
