@@ -289,8 +289,10 @@ lla_status launch_many(const lla_cuda_ctx *ctx, const char *name, const Linear &
                         (SPLIT ? 128 + 2 * CLUSTER * Q * ((s.slots * NT + CLUSTER - 1) / CLUSTER) * PIECE : 0);
     if (smem > ctx->max_smem) return LLA_OK;
     const dim3 grid(s.teams * (SPLIT ? CLUSTER : 1), (unsigned)((a.max_rows + 8 * NT - 1) / (8 * NT)));
+    const int threads = (int)(32 * Q * s.slots);
+    if (SPLIT && !cluster_fits(kernel, grid, threads, smem, CLUSTER)) return LLA_OK;
     *done = true;
-    return launch_clusters(ctx, name, kernel, grid, (int)(32 * Q * s.slots), smem, SPLIT ? CLUSTER : 1, a, s);
+    return launch_clusters(ctx, name, kernel, grid, threads, smem, SPLIT ? CLUSTER : 1, a, s);
 }
 
 /* Split where a tile a warp would leave most of the GPU idle, if the GPU has clusters. Four stages keep 54 to 72 KB of
