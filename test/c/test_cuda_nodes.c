@@ -1,6 +1,6 @@
 /* The CUDA executor against the CPU's, node by node, with the same inputs and poisoned activations; and against itself:
  * the graph gives the bits of the single nodes, and a sequence's logits do not depend on the bucket or on the other
- * rows. Skips without a GPU. The argument `small` runs what a sanitizer can watch in a minute: every kernel of the step
+ * rows. Skips without a GPU. The argument `quick` runs what a sanitizer can watch in a minute: every kernel of the step
  * once, on small shapes, and captured graphs. */
 #include "../../engine/device.h"
 #include "../../engine/runner.h"
@@ -335,7 +335,7 @@ TEST(nodes_of_a_long_context) {
 }
 
 /* Every kernel of the step, on small shapes. */
-TEST(small_nodes) {
+TEST(quick_nodes) {
     need_gpu();
     static const struct sequence one[] = {{70, 1}}, few[] = {{0, 7}, {66, 2}, {130, 1}}, prompt[] = {{60, 40}},
                                  chunk[] = {{61, 70}}, large[] = {{3, 200}, {0, 1}};
@@ -432,7 +432,7 @@ TEST(bits_do_not_depend_on_the_bucket) {
     compare_buckets(shape(LLAISYS_DTYPE_F16, 240, 10, 2, 24, 584, 1000, true), 48);
 }
 
-TEST(small_graphs) {
+TEST(quick_graphs) {
     need_gpu();
     compare_buckets(shape(LLAISYS_DTYPE_BF16, 128, 4, 1, 64, 328, 300, false), 12);
 }
