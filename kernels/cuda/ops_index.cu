@@ -176,6 +176,10 @@ __global__ void __launch_bounds__(COPY_THREADS)
     const size_t first = static_cast<size_t>(blockIdx.x) * (blockDim.y * COPY_ROWS) + threadIdx.y;
     const unsigned column = blockIdx.y * blockDim.x + threadIdx.x;
     const bool is_first_thread = threadIdx.x == 0 && threadIdx.y == 0;
+    if (blockIdx.y == 0 && blockIdx.x < checkers) {
+        if (blockIdx.x == 0 && is_first_thread) scratch->arrived[(ticket + 1) % 2] = 0; /* the next call's */
+        check_index(blockIdx.x, checkers, n, vocab, index, scratch, ticket, host);
+    }
     uint64_t from[COPY_ROWS];
     U v[COPY_ROWS] = {};
 #pragma unroll
@@ -186,10 +190,6 @@ __global__ void __launch_bounds__(COPY_THREADS)
 #pragma unroll
     for (int u = 0; u < COPY_ROWS; u++)
         if (from[u] < vocab) v[u] = weight[from[u] * row + column];
-    if (blockIdx.y == 0 && blockIdx.x < checkers) {
-        if (blockIdx.x == 0 && is_first_thread) scratch->arrived[(ticket + 1) % 2] = 0; /* the next call's */
-        check_index(blockIdx.x, checkers, n, vocab, index, scratch, ticket, host);
-    }
     bool is_refused = false;
     if (is_first_thread) { /* one thread: a word that all threads ask for is answered late */
         const volatile unsigned long long *word = &scratch->arrived[ticket % 2];
