@@ -38,6 +38,7 @@ struct report {
     struct sample prefill, decode; /* by the host's clock */
     struct sample device;          /* a decode step alone, by the GPU's */
     double prefill_flops, decode_bytes;
+    size_t free_before, free_after; /* the GPU's memory, before the first token and after the last */
     uint64_t hash;
 };
 
@@ -248,6 +249,9 @@ static lla_status measure(struct lla_runner *r, const struct options *o, struct 
     for (size_t i = 0; i < o->batch * d->max_blocks; i++) blocks[i] = (int32_t)i + 1;
 
     if (!o->is_cuda) report->peak_flops = peak_flops(d->dtype, r->crew);
+#ifdef LLA_CUDA
+    if (o->is_cuda) LLA_TRY_GOTO(status, lla_exec_cuda_available(0, &report->free_before), out);
+#endif
     for (size_t i = 0; i < o->repeat; i++) {
         const double start = now();
         LLA_TRY_GOTO(status, prefill(r, o, prompts, blocks, next), out);
@@ -285,7 +289,10 @@ static lla_status measure(struct lla_runner *r, const struct options *o, struct 
     }
     if (!o->is_cuda) report->read_gbs = 1e-9 * (double)read_bytes / summarize(reads, nread).median;
 #ifdef LLA_CUDA
-    if (o->is_cuda) LLA_TRY_GOTO(status, measure_device(r, o, report), out);
+    if (o->is_cuda) {
+        LLA_TRY_GOTO(status, lla_exec_cuda_available(0, &report->free_after), out);
+        LLA_TRY_GOTO(status, measure_device(r, o, report), out);
+    }
 #endif
     report->prefill = summarize(prefills, o->repeat);
     report->decode = summarize(decodes, o->tokens);
@@ -333,6 +340,9 @@ static void print_text(const struct options *o, const struct report *r, int nthr
         printf("replay    %8.1f tokens/s   %.3f ms (%.3f to %.3f)   %.1f GB/s, %.1f%% of the plain read\n",
                (double)o->batch / r->device.median, 1e3 * r->device.median, 1e3 * r->device.low, 1e3 * r->device.high,
                1e-9 * r->decode_bytes / r->device.median, 100e-9 * r->decode_bytes / r->device.median / r->read_gbs);
+    if (o->is_cuda)
+        printf("memory    %.3f GB of the GPU free before the first token, %+.3f MB by the last\n",
+               1e-9 * (double)r->free_before, 1e-6 * ((double)r->free_after - (double)r->free_before));
     printf("hash      %016llx of %zu tokens\n", (unsigned long long)r->hash, o->batch * o->tokens);
 }
 
@@ -356,6 +366,8 @@ static void print_json(const struct options *o, const struct report *r, int nthr
         printf(" \"replay\": {\"ms\": %.4f, \"ms_p10\": %.4f, \"ms_p90\": %.4f, \"percent_of_read\": %.2f},\n",
                1e3 * r->device.median, 1e3 * r->device.low, 1e3 * r->device.high,
                100e-9 * r->decode_bytes / r->device.median / r->read_gbs);
+    if (o->is_cuda)
+        printf(" \"device_free_bytes\": {\"before\": %zu, \"after\": %zu},\n", r->free_before, r->free_after);
     printf(" \"decode\": {\"tokens_per_s\": %.3f, \"ms\": %.4f, \"ms_p10\": %.4f, \"ms_p90\": %.4f, \"bytes\": %.0f, "
            "\"gbs\": %.3f, "
            "\"percent_of_read\": %.2f},\n",

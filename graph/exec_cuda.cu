@@ -30,6 +30,8 @@ struct lla_exec_cuda {
 
 enum { STAGING = 64 << 20 };
 
+static __global__ void read_kernel(const uint4 *p, size_t n, uint32_t *sink);
+
 static lla_status use(const lla_exec_cuda *exec) {
     CUDA_TRY(cudaSetDevice(exec->device_id));
     return LLA_OK;
@@ -65,7 +67,10 @@ static lla_status create(lla_exec_cuda *exec) {
     exec->ctx.sm_count = sms;
     exec->ctx.compute = 10 * major + minor;
     exec->ctx.max_smem = (size_t)smem;
-    exec->ctx.pdl = major >= 9;
+    /* what compute capability 9 has must be in the code, too: PTX for older GPUs that the driver compiled lacks it */
+    cudaFuncAttributes code;
+    CUDA_TRY(cudaFuncGetAttributes(&code, (const void *)read_kernel));
+    exec->ctx.pdl = major >= 9 && code.ptxVersion >= 90;
     exec->ctx.stream = exec->stream;
 
     const size_t rope_bytes = g->plan.limits.max_seq * g->dims.head_dim * lla_dtype_size(g->dims.dtype);
