@@ -20,7 +20,7 @@
 #include <unistd.h>
 
 struct options {
-    const char *model, *shape, *device;
+    const char *model, *shape, *device, *trace;
     size_t batch, context, tokens, repeat, chunk;
     int nthread;
     bool json, is_cuda, ablate;
@@ -225,6 +225,13 @@ static lla_status measure_device(struct lla_runner *r, const struct options *o, 
     size_t bucket = 0;
     while (r->programs[bucket].rows < o->batch) bucket++;
     if (o->ablate) LLA_TRY(ablate(r, bucket, 200));
+    if (o->trace) {
+        FILE *out = fopen(o->trace, "w");
+        LLA_REQUIRE(out, LLA_EIO, "%s: cannot be written", o->trace);
+        const lla_status status = lla_exec_cuda_trace(r->cuda, &r->programs[bucket], out);
+        fclose(out);
+        LLA_TRY(status);
+    }
     LLA_TRY(lla_exec_cuda_time(r->cuda, &r->programs[bucket], 0, 200, ms));
     report->device = (struct sample){1e-3 * ms[0], 1e-3 * ms[1], 1e-3 * ms[2]};
     return lla_exec_cuda_read_ceiling(r->cuda, &report->read_gbs);
@@ -382,16 +389,18 @@ static void usage(FILE *out) {
                  "  --model DIR      a model folder in transformers' format\n"
                  "  --shape NAME     random weights of a known shape instead:");
     bench_print_shapes(out);
-    fprintf(out, "\n                   (default: deepseek-r1-distill-qwen-1.5b)\n"
-                 "  --device NAME    cpu or nvidia (cpu)\n"
-                 "  --batch N        sequences decoded together (1)\n"
-                 "  --context N      tokens of each prompt (128)\n"
-                 "  --new N          tokens decoded for each sequence (64)\n"
-                 "  --repeat N       times that the prompts are prefilled (3)\n"
-                 "  --prefill-chunk N  rows of a prefill step (512, nvidia: 2048)\n"
-                 "  --threads N      CPU threads (all)\n"
-                 "  --ablate         nvidia: what each op costs, by leaving it out, and alone\n"
-                 "  --json           one JSON object instead of text\n");
+    fprintf(out,
+            "\n                   (default: deepseek-r1-distill-qwen-1.5b)\n"
+            "  --device NAME    cpu or nvidia (cpu)\n"
+            "  --batch N        sequences decoded together (1)\n"
+            "  --context N      tokens of each prompt (128)\n"
+            "  --new N          tokens decoded for each sequence (64)\n"
+            "  --repeat N       times that the prompts are prefilled (3)\n"
+            "  --prefill-chunk N  rows of a prefill step (512, nvidia: 2048)\n"
+            "  --threads N      CPU threads (all)\n"
+            "  --ablate         nvidia: what each op costs, by leaving it out, and alone\n"
+            "  --trace FILE     nvidia: when each block of a decode step's kernels ran, as CSV (meson's step_trace)\n"
+            "  --json           one JSON object instead of text\n");
 }
 
 /* The positive number behind option argv[*i]. */
@@ -418,13 +427,13 @@ static lla_status parse(int argc, char **argv, struct options *o) {
         struct {
             const char *name;
             const char **value;
-        } texts[] = {{"--model", &o->model}, {"--shape", &o->shape}, {"--device", &o->device}};
+        } texts[] = {{"--model", &o->model}, {"--shape", &o->shape}, {"--device", &o->device}, {"--trace", &o->trace}};
         size_t n = 0, t = 0;
         while (n < 6 && strcmp(a, numbers[n].name)) n++;
-        while (t < 3 && strcmp(a, texts[t].name)) t++;
+        while (t < 4 && strcmp(a, texts[t].name)) t++;
         if (n < 6) {
             LLA_TRY(number(argc, argv, &i, numbers[n].value));
-        } else if (t < 3) {
+        } else if (t < 4) {
             LLA_REQUIRE(i + 1 < argc, LLA_EINVAL, "%s needs a value", a);
             *texts[t].value = argv[++i];
         } else if (!strcmp(a, "--json")) {

@@ -156,6 +156,7 @@ static lla_status issue(lla_exec_cuda *exec, const lla_program *program, size_t 
         const lla_node *node = &program->nodes[i];
         if (skip >> node->op & 1) continue;
         ctx.pdl = pdl && i > first; /* the first kernel follows a copy */
+        if (exec->ctx.trace) ctx.trace = exec->ctx.trace + i * LLA_TRACE_BLOCKS;
         switch (node->op) {
 #define X(NAME, suffix)                                                                                                \
     case LLA_OP_##NAME:                                                                                                \
@@ -282,6 +283,39 @@ lla_status lla_exec_cuda_time(lla_exec_cuda *exec, const lla_program *program, u
     const lla_status status = time_each(exec, count, ms, [&] { return cudaGraphLaunch(graph, exec->stream); });
     cudaGraphExecDestroy(graph);
     return status;
+}
+
+lla_status lla_exec_cuda_trace(lla_exec_cuda *exec, const lla_program *program, FILE *out) {
+#ifdef LLA_STEP_TRACE
+    LLA_TRY(use(exec));
+    const size_t n = program->nnode * LLA_TRACE_BLOCKS, nbytes = n * sizeof(lla_block_times);
+    std::vector<lla_block_times> times(n);
+    CUDA_TRY(cudaMalloc((void **)&exec->ctx.trace, nbytes));
+    cudaGraphExec_t graph = NULL;
+    lla_status status = capture(exec, program, 0, &graph);
+    cudaError_t error = cudaMemsetAsync(exec->ctx.trace, 0, nbytes, exec->stream);
+    for (int i = 0; !status && !error && i < 10; i++) error = cudaGraphLaunch(graph, exec->stream);
+    if (!error) error = cudaMemcpyAsync(times.data(), exec->ctx.trace, nbytes, cudaMemcpyDeviceToHost, exec->stream);
+    if (!error) error = cudaStreamSynchronize(exec->stream);
+    cudaGraphExecDestroy(graph);
+    cudaFree(exec->ctx.trace);
+    exec->ctx.trace = NULL;
+    LLA_TRY(status);
+    CUDA_TRY(error);
+    fprintf(out, "node,name,layer,block,sm,began,free,staged,ended\n");
+    for (size_t i = 0; i < n; i++) {
+        const lla_node *node = &program->nodes[i / LLA_TRACE_BLOCKS];
+        const lla_block_times *t = &times[i];
+        if (!t->ns[LLA_BLOCK_BEGAN]) continue;
+        fprintf(out, "%zu,%s,%zu,%zu,%llu,%llu,%llu,%llu,%llu\n", i / LLA_TRACE_BLOCKS, node->name, node->layer,
+                i % LLA_TRACE_BLOCKS, t->sm, t->ns[LLA_BLOCK_BEGAN], t->ns[LLA_BLOCK_FREE], t->ns[LLA_BLOCK_STAGED],
+                t->ns[LLA_BLOCK_ENDED]);
+    }
+    return LLA_OK;
+#else
+    (void)exec, (void)program, (void)out;
+    return lla_fail(LLA_EINVAL, "this build's kernels note no times: meson setup -Dstep_trace=true");
+#endif
 }
 
 /* Sums 16-byte words; eight loads in flight a thread. */

@@ -136,6 +136,16 @@ inline bool has_wgmma(const lla_cuda_ctx *ctx) {
 #endif
 }
 
+/* Notes when the block has come to an event; see struct lla_block_times. */
+__device__ __forceinline__ void note(lla_block_times *trace, lla_block_event event) {
+#ifdef LLA_STEP_TRACE
+    const unsigned block = blockIdx.y * gridDim.x + blockIdx.x;
+    if (!trace || threadIdx.x || block >= LLA_TRACE_BLOCKS) return;
+    trace[block].ns[event] = global_ns();
+    if (event == LLA_BLOCK_BEGAN) trace[block].sm = sm_id();
+#endif
+}
+
 /* Runs `call` with T bound to the dtype's C++ type. */
 #define LLA_CUDA_BY_DTYPE(dtype, ...)                                                                                  \
     do {                                                                                                               \
