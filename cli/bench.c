@@ -37,7 +37,7 @@ struct report {
     double read_gbs, peak_flops;
     struct sample prefill, decode; /* by the host's clock */
     struct sample device;          /* a decode step alone, by the GPU's */
-    double prefill_flops, decode_bytes;
+    double prefill_flops, decode_flops, prefill_bytes, decode_bytes;
     size_t free_before, free_after; /* the GPU's memory, before the first token and after the last */
     uint64_t hash;
 };
@@ -161,9 +161,9 @@ static double step_bytes(const struct lla_graph *g, double batch, double context
     return bytes + batch * context * 2 * (double)(p->nkvhead * p->spec.head_dim * p->spec.nlayer) * e;
 }
 
-/* Operations of a prompt: two for every weight of the layers and token, the head once a sequence, and causal attention.
- */
-static double prompt_flops(const struct lla_graph *g, double batch, double n) {
+/* Operations of `batch` sequences' n tokens: two for every weight of the layers and token, two for every weight of the
+ * head and row of logits, and four for every earlier token, query head and dimension: q k^T and p v. */
+static double token_flops(const struct lla_graph *g, double batch, double n, double logits, double earlier) {
     const struct lla_plan *p = &g->plan;
     double weights = 0, head = 0;
     for (size_t i = 0; i < p->nweight; i++) {
@@ -171,9 +171,8 @@ static double prompt_flops(const struct lla_graph *g, double batch, double n) {
         if (w->kind == LLA_W_HEAD) head = (double)(w->rows * w->cols);
         if (w->kind != LLA_W_HEAD && w->kind != LLA_W_EMBED && w->cols > 1) weights += (double)(w->rows * w->cols);
     }
-    const double attention =
-        2 * n * n * (double)(p->nhead * p->spec.head_dim * p->spec.nlayer); /* q k^T and p v, half of the square */
-    return batch * (2 * weights * n + 2 * head + attention);
+    const double attention = 4 * earlier * (double)(p->nhead * p->spec.head_dim * p->spec.nlayer);
+    return batch * (2 * weights * n + 2 * head * logits + attention * n);
 }
 
 /* ---- the run ---- */
@@ -303,8 +302,11 @@ static lla_status measure(struct lla_runner *r, const struct options *o, struct 
 #endif
     report->prefill = summarize(prefills, o->repeat);
     report->decode = summarize(decodes, o->tokens);
-    report->prefill_flops = prompt_flops(&r->graph, (double)o->batch, (double)o->context);
-    report->decode_bytes = step_bytes(&r->graph, (double)o->batch, (double)o->context + 0.5 * (double)o->tokens);
+    const double context = (double)o->context, batch = (double)o->batch, middle = context + 0.5 * (double)o->tokens;
+    report->prefill_flops = token_flops(&r->graph, batch, context, 1, context / 2); /* half of the square */
+    report->prefill_bytes = batch * ceil(context / (double)d->max_rows) * step_bytes(&r->graph, 0, 0);
+    report->decode_flops = token_flops(&r->graph, batch, 1, 1, middle);
+    report->decode_bytes = step_bytes(&r->graph, batch, middle);
 out:
     free(prompts);
     free(next);
@@ -365,10 +367,11 @@ static void print_json(const struct options *o, const struct report *r, int nthr
            r->open_s, r->plan_s, r->alloc_s, r->build_s, r->load_s, p->weight_bytes, p->total);
     printf(" \"plain_read_gbs\": %.3f, \"peak_gflops\": %.1f,\n", r->read_gbs, 1e-9 * r->peak_flops);
     printf(" \"prefill\": {\"tokens_per_s\": %.3f, \"ms\": %.4f, \"ms_p10\": %.4f, \"ms_p90\": %.4f, \"gflops\": %.1f, "
-           "\"percent_of_peak\": %.2f},\n",
+           "\"percent_of_peak\": %.2f, \"flops\": %.0f, \"bytes\": %.0f},\n",
            (double)(o->batch * o->context) / r->prefill.median, 1e3 * r->prefill.median, 1e3 * r->prefill.low,
            1e3 * r->prefill.high, 1e-9 * r->prefill_flops / r->prefill.median,
-           r->peak_flops > 0 ? 100 * r->prefill_flops / r->prefill.median / r->peak_flops : 0);
+           r->peak_flops > 0 ? 100 * r->prefill_flops / r->prefill.median / r->peak_flops : 0, r->prefill_flops,
+           r->prefill_bytes);
     if (o->is_cuda)
         printf(" \"replay\": {\"ms\": %.4f, \"ms_p10\": %.4f, \"ms_p90\": %.4f, \"percent_of_read\": %.2f},\n",
                1e3 * r->device.median, 1e3 * r->device.low, 1e3 * r->device.high,
@@ -376,10 +379,10 @@ static void print_json(const struct options *o, const struct report *r, int nthr
     if (o->is_cuda)
         printf(" \"device_free_bytes\": {\"before\": %zu, \"after\": %zu},\n", r->free_before, r->free_after);
     printf(" \"decode\": {\"tokens_per_s\": %.3f, \"ms\": %.4f, \"ms_p10\": %.4f, \"ms_p90\": %.4f, \"bytes\": %.0f, "
-           "\"gbs\": %.3f, "
+           "\"flops\": %.0f, \"gbs\": %.3f, "
            "\"percent_of_read\": %.2f},\n",
            (double)o->batch / r->decode.median, 1e3 * r->decode.median, 1e3 * r->decode.low, 1e3 * r->decode.high,
-           r->decode_bytes, gbs, 100 * gbs / r->read_gbs);
+           r->decode_bytes, r->decode_flops, gbs, 100 * gbs / r->read_gbs);
     printf(" \"hash\": \"%016llx\"}\n", (unsigned long long)r->hash);
 }
 
