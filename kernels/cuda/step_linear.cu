@@ -102,7 +102,9 @@ __global__ void __launch_bounds__(32 * W, 32 / W) linear_kernel(const Linear a) 
 #pragma unroll 1
     for (int i = 0; i < GROUPS; i++) {
         request();
+#if __CUDA_ARCH__ >= 900 /* elsewhere nothing runs before this kernel's turn */
         cp_async_wait<FILLING - 1>();
+#endif
     }
 
     /* ---- what else is there before the kernel before has finished: step inputs, biases, norm weights ---- */
