@@ -56,7 +56,11 @@ __device__ inline bool is_last_block(int32_t *arrived, size_t parts) {
     return is_last;
 }
 
-/* For shapes that the tensor cores' kernel does not take. */
+/* For steps of many rows: lla_many_attention() where it takes the shape. */
+bool lla_many_attention_takes(const lla_cuda_ctx *ctx);
+lla_status lla_many_attention(const lla_cuda_ctx *ctx, const Attention &a);
+
+/* For shapes that the tensor cores' kernels do not take. */
 lla_status lla_cuda_attention_any(const lla_cuda_ctx *ctx, const Attention &a);
 
 #endif

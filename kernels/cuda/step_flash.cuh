@@ -3,11 +3,11 @@
 #ifndef LLA_STEP_FLASH_CUH
 #define LLA_STEP_FLASH_CUH
 
-#include "step_math.cuh"
+#include "step_attention_rows.cuh"
 
 namespace {
 
-enum { SPLIT = LLA_CUDA_SPLIT, TILE_ROWS = 128 /* of a block's matrix */ };
+enum { TILE_ROWS = 128 /* of a block's matrix */ };
 
 struct Flash {
     const lla_step_header *header;
@@ -26,22 +26,31 @@ struct Rows {
 };
 
 /* The order-th tile of the step, from the last. Tiles begin where a sequence does, and at positions that are multiples
- * of `most`; words: scratch in shared memory, a bit a row of the step. All threads of the block call it. */
+ * of `most`; rows that are alone of their sequence are none (attend_rows() has them). words: scratch in shared memory,
+ * two bits a row of the step. All threads of the block call it. */
 __device__ Rows find_rows(const Flash &a, unsigned order, unsigned most, uint32_t *words) {
     const unsigned rows = (unsigned)a.header->nrow, lane = threadIdx.x % 32, nword = (rows + 31) / 32;
 #pragma unroll 4
     for (unsigned w = threadIdx.x / 32; w < nword; w += blockDim.x / 32) {
         const unsigned r = w * 32 + lane;
-        bool starts = false;
-        if (r < rows) starts = r == 0 || a.row_seq[r] != a.row_seq[r - 1] || (unsigned)a.positions[r] % most == 0;
-        const uint32_t bits = __ballot_sync(~0u, starts);
-        if (lane == 0) words[w] = bits;
+        bool starts = false, alone = false;
+        if (r < rows) {
+            const int seq = a.row_seq[r];
+            const bool is_first = r == 0 || seq != a.row_seq[r - 1];
+            starts = is_first || (unsigned)a.positions[r] % most == 0;
+            alone = is_first && (r + 1 == rows || seq != a.row_seq[r + 1]);
+        }
+        const uint32_t bits = __ballot_sync(~0u, starts), tiles = __ballot_sync(~0u, starts && !alone);
+        if (lane == 0) {
+            words[w] = bits;
+            words[nword + w] = tiles;
+        }
     }
     __syncthreads();
     /* every warp: from the last words to the first, 32 at a time; `before`: starts in the words of lower lanes */
     Rows found = {0, 0, 0};
     for (unsigned seen = 0, from = 0; from < nword && !found.count; from += 32) {
-        const uint32_t bits = from + lane < nword ? words[nword - 1 - from - lane] : 0;
+        const uint32_t bits = from + lane < nword ? words[2 * nword - 1 - from - lane] : 0;
         unsigned upto = __popc(bits);
         for (int o = 1; o < 32; o *= 2) {
             const unsigned other = __shfl_up_sync(~0u, upto, o);
@@ -70,6 +79,17 @@ __device__ Rows find_rows(const Flash &a, unsigned order, unsigned most, uint32_
     }
     __syncthreads(); /* the scratch is free */
     return found;
+}
+
+/* The block's turn-th tile and KV head, of those numbered from the last tile on: the longest first, and to and fro, so
+ * that blocks get about the same. */
+__device__ __forceinline__ unsigned order_of(unsigned turn) {
+    return turn * gridDim.x + (turn % 2 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+}
+
+/* Whether every row of the step is alone of its sequence; it may say no where it is so. */
+__device__ __forceinline__ bool is_decode(const Flash &a) {
+    return a.header->nlogit == a.header->nrow; /* a sequence has one row whose next token is wanted, at most */
 }
 
 /* ---- a split's weights ---- */
