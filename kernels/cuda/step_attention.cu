@@ -14,7 +14,8 @@ template <class T, int DIM, int W>
 __global__ void __launch_bounds__(32 * W, 1) rows_kernel(const Attention a, float scale) {
     extern __shared__ __align__(16) char smem[];
     pdl_launch_next();
-    attend_rows<T, DIM, W>(a, smem, false, scale);
+    Jobs jobs(a, nullptr);
+    attend_rows<T, DIM, W>(a, smem, jobs, jobs.count_splits(), scale);
     /* A kernel ends only after those before it, so that a wait for it is a wait for all; but blocks without work make
      * room for the next kernel's. */
     if (blockIdx.x == 0) pdl_wait();

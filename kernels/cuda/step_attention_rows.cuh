@@ -23,7 +23,7 @@ template <int DIM> struct SplitResult {
 
 template <class T, int DIM, int W> struct RowsMemory {
     uint4 keys[W][SPLIT * DIM / 8], values[W][SPLIT * DIM / 8];
-    SplitResult<DIM> result[W]; /* at first: splits of each 32 rows of the step */
+    SplitResult<DIM> result[W];
     unsigned is_last;
 };
 
@@ -43,26 +43,33 @@ struct Job {
 /* A step's jobs, numbered by row, run, KV head and heads. Rows come 32 at a time, one to a lane. */
 struct Jobs {
     const Attention &a;
-    const bool alone; /* only rows that are alone of their sequence */
+    const uint32_t *const
+        words; /* NULL: all rows; else only those with a bit in the first words and not in the second */
     const unsigned rows, lane, group, chunks, per_run;
     unsigned run = 1;                                /* splits of a run, about */
     unsigned base = 0, before = 0, before_slots = 0; /* rows [base, base + 32), jobs and slots before them */
 
-    __device__ __forceinline__ Jobs(const Attention &a, bool alone)
-        : a(a), alone(alone), rows((unsigned)a.header->nrow), lane(threadIdx.x % 32),
+    __device__ __forceinline__ Jobs(const Attention &a, const uint32_t *words)
+        : a(a), words(words), rows((unsigned)a.header->nrow), lane(threadIdx.x % 32),
           group((unsigned)(a.nhead / a.nkvhead)), chunks((group + HEADS - 1) / HEADS),
           per_run((unsigned)a.nkvhead * chunks) {}
 
     /* Splits of a row, 0 where it is not among the jobs'. */
     __device__ __forceinline__ unsigned splits(unsigned row) const {
         if (row >= rows) return 0;
-        if (alone && (row > 0 && a.row_seq[row - 1] == a.row_seq[row])) return 0;
-        if (alone && (row + 1 < rows && a.row_seq[row + 1] == a.row_seq[row])) return 0;
+        if (words && !((words[row / 32] & ~words[(rows + 31) / 32 + row / 32]) >> row % 32 & 1)) return 0;
         return (unsigned)a.positions[row] / SPLIT + 1;
     }
     __device__ __forceinline__ unsigned runs(unsigned splits) const {
         const unsigned n = (splits + run / 2) / run;
         return n ? n : splits ? 1 : 0;
+    }
+    /* Of all rows. */
+    __device__ __forceinline__ unsigned count_splits() const {
+        unsigned total = 0;
+#pragma unroll 4
+        for (unsigned row = lane; row < rows; row += 32) total += splits(row);
+        return __reduce_add_sync(~0u, total);
     }
     /* Every lane gets the sum over it and the lanes before. */
     __device__ __forceinline__ unsigned scan(unsigned v) const {
@@ -108,21 +115,6 @@ struct Jobs {
     }
 };
 
-/* Splits of all rows of the jobs; `scratch` has a word for every 32 rows. The first W warps call it. */
-template <int W> __device__ __forceinline__ unsigned count_splits(const Jobs &jobs, unsigned *scratch) {
-    const unsigned warp = threadIdx.x / 32, words = (jobs.rows + 31) / 32;
-    unsigned total = 0;
-#pragma unroll 4
-    for (unsigned w = warp; w < words; w += W) total += jobs.splits(32 * w + jobs.lane);
-    for (int o = 16; o; o /= 2) total += __shfl_xor_sync(~0u, total, o);
-    if (jobs.lane == 0) scratch[warp] = total;
-    rows_barrier<W>();
-    total = 0;
-#pragma unroll
-    for (int w = 0; w < W; w++) total += scratch[w];
-    return total;
-}
-
 /* Two dimensions of a head while splits are merged. */
 struct Merged {
     float2 o;
@@ -139,10 +131,10 @@ struct Merged {
     }
 };
 
-/* The first W warps of every block call it; the jobs are shared among the grid's blocks. It waits for the kernels
- * before, unless there is no job for this block. */
+/* The first W warps of every block call it; the jobs, of so many splits in all, are shared among the grid's blocks. It
+ * waits for the kernels before, unless there is no job for this block. */
 template <class T, int DIM, int W>
-__device__ __forceinline__ void attend_rows(const Attention &a, char *smem, bool alone, float scale) {
+__device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs &jobs, unsigned total, float scale) {
     constexpr unsigned UNITS = DIM / 8, TOKENS = 32 / UNITS; /* of a pass: tokens that a warp copies at once */
     constexpr unsigned PAIRS = DIM / 2, PER = (HEADS * PAIRS + 32 * W - 1) / (32 * W);
     static_assert(SPLIT == 64 && PAIRS % 32 == 0, "two places a lane; a warp merges pairs of one head");
@@ -180,16 +172,13 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, bool
     };
 
     /* Step inputs were there before the step's first kernel began, and so were keys and values of earlier steps. */
-    Jobs jobs(a, alone);
-    const unsigned total = count_splits<W>(jobs, reinterpret_cast<unsigned *>(s.result));
-    if (!total) return;
     jobs.cut(total, W);
     unsigned item = blockIdx.x;
     Job job = jobs.find(item);
     if (!job.heads) return;
     if (job.first + warp < job.last) {
         const unsigned split = job.first + warp, start = split * SPLIT;
-        const unsigned old = alone ? job.length - 1 : (unsigned)first_new(a.positions, a.row_seq, job.row);
+        const unsigned old = jobs.words ? job.length - 1 : (unsigned)first_new(a.positions, a.row_seq, job.row);
         const unsigned staged = old <= start ? 0 : min(old - start, (unsigned)SPLIT);
         const uint2 places = find_places(job.table, job.kvhead, job.length, split);
         request(places, job.length - start, 0, staged);

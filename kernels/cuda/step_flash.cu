@@ -28,27 +28,29 @@ template <int DIM> __device__ __forceinline__ unsigned place_of(unsigned r, unsi
 
 enum { FLASH_WARPS = 4, FLASH_THREADS = 32 * FLASH_WARPS, FLASH_ROW_WARPS = 2 /* that take single rows */ };
 
+/* q [TILE_ROWS, DIM]; twice: k, v [SPLIT, DIM]; places; behind it a survey */
+template <int DIM>
+constexpr size_t FLASH_SMEM = TILE_ROWS * DIM * 2 + 4 * SPLIT * DIM * 2 + 4 * SPLIT * sizeof(uint32_t);
+
 template <class T, int DIM>
 __global__ void __launch_bounds__(FLASH_THREADS, 2) flash_kernel(const Attention by_row, const Flash a) {
-    extern __shared__ __align__(128) char smem[]; /* q [TILE_ROWS, DIM]; twice: k, v [SPLIT, DIM]; places */
+    extern __shared__ __align__(128) char smem[];
     constexpr unsigned UNITS = DIM / 8, PASS = FLASH_THREADS / UNITS; /* rows that all threads copy at once */
     constexpr unsigned Q_BYTES = TILE_ROWS * DIM * 2, KV_BYTES = SPLIT * DIM * 2;
     static_assert(SPLIT % PASS == 0 && TILE_ROWS % PASS == 0 && PASS % 8 == 0, "every thread copies as many units");
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const unsigned most = TILE_ROWS / a.group;
     pdl_launch_next();
-    if (warp < FLASH_ROW_WARPS) attend_rows<T, DIM, FLASH_ROW_WARPS>(by_row, smem, true, a.scale);
-    if (is_decode(a)) {
-        pdl_wait();
-        return;
-    }
-    for (unsigned turn = 0;; turn++) {
+    Survey &survey = *reinterpret_cast<Survey *>(smem + FLASH_SMEM<DIM>);
+    /* Step inputs were there before the step's first kernel began. */
+    const unsigned tiles = survey_and_attend_rows<T, DIM, FLASH_ROW_WARPS>(by_row, a, most, smem, survey);
+    /* A kernel ends only after those before it, so that a wait for it is a wait for all. */
+    if (blockIdx.x == 0) pdl_wait();
+    for (unsigned turn = 0; order_of(turn) < tiles; turn++) {
         const unsigned order = order_of(turn), kvhead = order % a.nkvhead;
+        const Rows rows = find_rows(a, order / a.nkvhead, most, survey);
         __syncthreads(); /* nobody reads the memory any more */
-        /* Step inputs were there before the step's first kernel began. */
-        const Rows rows = find_rows(a, order / a.nkvhead, most, reinterpret_cast<uint32_t *>(smem));
         pdl_wait();
-        if (!rows.count) return;
         const unsigned length = rows.position + rows.count; /* tokens that the last row sees */
         const int32_t *table = a.table + (size_t)a.row_seq[rows.first] * a.max_blocks;
         const uint32_t q_base = shared_address(smem), kv_base = q_base + Q_BYTES;
@@ -161,13 +163,13 @@ __global__ void __launch_bounds__(FLASH_THREADS, 2) flash_kernel(const Attention
 }
 
 template <class T, int DIM> lla_status launch_flash(const lla_cuda_ctx *ctx, const Attention &by_row, const Flash &a) {
-    const size_t sms = (size_t)ctx->sm_count;
-    if (has_wgmma(ctx) && FLASH_SM90_SMEM<T, DIM> <= ctx->max_smem)
+    const size_t sms = (size_t)ctx->sm_count, survey = survey_bytes(ctx->rows);
+    if (has_wgmma(ctx) && FLASH_SM90_SMEM<T, DIM> + survey <= ctx->max_smem)
         return launch(ctx, "attention", flash_sm90_kernel<T, DIM>, dim3((unsigned)sms), FLASH_SM90_THREADS,
-                      FLASH_SM90_SMEM<T, DIM>, by_row, a);
-    constexpr size_t smem = TILE_ROWS * DIM * 2 + 4 * SPLIT * DIM * 2 + 4 * SPLIT * sizeof(uint32_t);
-    static_assert(sizeof(RowsMemory<T, DIM, FLASH_ROW_WARPS>) <= smem, "single rows fit where tiles do");
-    return launch(ctx, "attention", flash_kernel<T, DIM>, dim3((unsigned)(2 * sms)), FLASH_THREADS, smem, by_row, a);
+                      FLASH_SM90_SMEM<T, DIM> + survey, by_row, a);
+    static_assert(sizeof(RowsMemory<T, DIM, FLASH_ROW_WARPS>) <= FLASH_SMEM<DIM>, "single rows fit where tiles do");
+    return launch(ctx, "attention", flash_kernel<T, DIM>, dim3((unsigned)(2 * sms)), FLASH_THREADS,
+                  FLASH_SMEM<DIM> + survey, by_row, a);
 }
 
 } // namespace
@@ -175,7 +177,7 @@ template <class T, int DIM> lla_status launch_flash(const lla_cuda_ctx *ctx, con
 bool lla_many_attention_takes(const lla_cuda_ctx *ctx) {
     const lla_dims &d = ctx->dims;
     return ctx->rows > LLA_FEW_ROWS && d.dtype != LLAISYS_DTYPE_F32 && (d.head_dim == 64 || d.head_dim == 128) &&
-           d.nhead / d.nkvhead <= TILE_ROWS && ctx->max_smem >= 97 * 1024;
+           d.nhead / d.nkvhead <= TILE_ROWS && FLASH_SMEM<128> + survey_bytes(ctx->rows) <= ctx->max_smem;
 }
 
 lla_status lla_many_attention(const lla_cuda_ctx *ctx, const Attention &by_row) {

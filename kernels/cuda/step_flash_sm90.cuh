@@ -13,13 +13,15 @@ namespace {
 
 enum { FLASH_SM90_THREADS = 2 * TILE_ROWS, FLASH_SM90_ROW_WARPS = 6 /* that take single rows */ };
 
-/* q, three splits of keys and values, where four splits lie, and room to begin at a multiple of 1024. */
+/* q, three splits of keys and values, where four splits lie, and room to begin at a multiple of 1024; behind what it or
+ * single rows need is a survey. */
 template <int DIM>
 constexpr size_t FLASH_SM90_TILE_SMEM = (TILE_ROWS + 3 * 2 * SPLIT) * DIM * 2 + 4 * SPLIT * sizeof(uint32_t) + 1024;
 template <class T, int DIM>
 constexpr size_t FLASH_SM90_SMEM = sizeof(RowsMemory<T, DIM, FLASH_SM90_ROW_WARPS>) > FLASH_SM90_TILE_SMEM<DIM>
                                        ? sizeof(RowsMemory<T, DIM, FLASH_SM90_ROW_WARPS>)
                                        : FLASH_SM90_TILE_SMEM<DIM>;
+static_assert(sizeof(RowsMemory<uint16_t, 128, FLASH_SM90_ROW_WARPS>) % 4 == 0, "a survey follows");
 
 template <class T, int DIM>
 __global__ void __launch_bounds__(FLASH_SM90_THREADS, 1) flash_sm90_kernel(const Attention by_row, const Flash a) {
@@ -33,18 +35,16 @@ __global__ void __launch_bounds__(FLASH_SM90_THREADS, 1) flash_sm90_kernel(const
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
     const unsigned most = TILE_ROWS / a.group;
     pdl_launch_next();
-    if (warp < FLASH_SM90_ROW_WARPS) attend_rows<T, DIM, FLASH_SM90_ROW_WARPS>(by_row, memory, true, a.scale);
-    if (is_decode(a)) {
-        pdl_wait();
-        return;
-    }
-    for (unsigned turn = 0;; turn++) {
+    Survey &survey = *reinterpret_cast<Survey *>(memory + FLASH_SM90_SMEM<T, DIM>);
+    /* Step inputs were there before the step's first kernel began. */
+    const unsigned tiles = survey_and_attend_rows<T, DIM, FLASH_SM90_ROW_WARPS>(by_row, a, most, memory, survey);
+    /* A kernel ends only after those before it, so that a wait for it is a wait for all. */
+    if (blockIdx.x == 0) pdl_wait();
+    for (unsigned turn = 0; order_of(turn) < tiles; turn++) {
         const unsigned order = order_of(turn), kvhead = order % a.nkvhead;
+        const Rows rows = find_rows(a, order / a.nkvhead, most, survey);
         __syncthreads(); /* nobody reads the memory any more */
-        /* Step inputs were there before the step's first kernel began. */
-        const Rows rows = find_rows(a, order / a.nkvhead, most, reinterpret_cast<uint32_t *>(smem));
         pdl_wait();
-        if (!rows.count) return;
         const unsigned length = rows.position + rows.count, splits = (length + SPLIT - 1) / SPLIT;
         const int32_t *table = a.table + (size_t)a.row_seq[rows.first] * a.max_blocks;
         const uint32_t q_base = shared_address(smem), kv_base = q_base + Q_BYTES;

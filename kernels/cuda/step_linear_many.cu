@@ -13,6 +13,7 @@
  *     block reads only its eighth of x. The parts' sums meet in the cluster's shared memory: block b gets those of
  *     columns 8 b .. 8 b + 7, and adds them in order. Clusters exist from sm_90 on. */
 #include "step_linear.cuh"
+#include "step_many.h"
 
 namespace {
 
@@ -315,6 +316,7 @@ lla_status launch_rows(const lla_cuda_ctx *ctx, const char *name, const Linear &
 
 template <class T, Epilogue E> lla_status linear_many(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
     if (a.norm) LLA_TRY(launch(ctx, name, norm_kernel<T>, dim3((unsigned)a.max_rows), THREADS, 0, a));
+    if (E == STORE && lla_many_head_takes(ctx)) return lla_many_head(ctx, a.normed, a.w, a.out);
     if (a.max_rows <= 16) return launch_rows<T, 2, E>(ctx, name, a);
     if (a.max_rows <= 32) return launch_rows<T, 4, E>(ctx, name, a);
     return launch_rows<T, 8, E>(ctx, name, a);
