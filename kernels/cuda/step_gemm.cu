@@ -138,18 +138,28 @@ lla_status launch_product(const lla_cuda_ctx *ctx, const char *name, const Produ
     }
 }
 
-/* K over a cluster, a tile for each; says so if one or two turns of the GPU's clusters do it. */
+/* K over a cluster, a tile for each, if so many turns of the GPU's clusters do it and it is not done yet. */
 template <class T, Epilogue E, class S>
-lla_status launch_split(const lla_cuda_ctx *ctx, const char *name, const Product &a, bool *done) {
+lla_status launch_split(const lla_cuda_ctx *ctx, const char *name, const Product &a, size_t turns, bool *done) {
     const size_t tiles = (tiles_of(a.n) * 16 + S::BM - 1) / S::BM * ((a.max_rows + S::BN - 1) / S::BN);
-    const size_t clusters = (size_t)ctx->sm_count / SHARERS;
-    if (tiles > (S::Q > 1 ? 2 : 1) * clusters || a.parts != SHARERS * S::Q || tiles_of(a.k) < a.parts) return LLA_OK;
-    if (S::SMEM > ctx->max_smem) return LLA_OK;
+    if (*done || S::SMEM > ctx->max_smem || a.parts != SHARERS * S::Q || tiles_of(a.k) < a.parts) return LLA_OK;
+    const size_t clusters = resident_clusters(ctx, split_kernel<T, E, S>, S::THREADS_ + 128, SHARERS);
+    if (tiles > turns * clusters) return LLA_OK;
     CUtensorMap w, x;
     LLA_TRY(map_product<S>(a, a.max_rows, &w, &x));
     *done = true;
     return launch_clusters(ctx, name, split_kernel<T, E, S>, dim3((unsigned)(tiles * SHARERS)), S::THREADS_ + 128,
                            S::SMEM, SHARERS, a, w, x);
+}
+
+/* The tallest tile that keeps most of the GPU busy, in one turn; where K is long, two turns are better than none. */
+template <class T, Epilogue E, int NI, int STAGES>
+lla_status try_splits(const lla_cuda_ctx *ctx, const char *name, const Product &a, bool *done) {
+    if constexpr (E == ADD) {
+        LLA_TRY((launch_split<T, E, SplitTile<3, NI, 2, STAGES>>(ctx, name, a, 2, done)));
+        LLA_TRY((launch_split<T, E, SplitTile<3, NI, 1, 4>>(ctx, name, a, 1, done)));
+    }
+    return launch_split<T, E, SplitTile<4, NI, 1, 4>>(ctx, name, a, 1, done);
 }
 
 /* Tiles that the busiest SM has, times a tile's size over its speed. */
@@ -162,19 +172,10 @@ template <class S> double cost(const lla_cuda_ctx *ctx, const Product &a, double
 template <class T, Epilogue E> lla_status dispatch(const lla_cuda_ctx *ctx, const char *name, const Product &a) {
     if (has_wgmma(ctx)) { /* speeds: profiles/prefill.md */
         bool done = false;
-        if constexpr (E == ADD || E == QKV) {
-            constexpr int GROUPS = E == ADD ? 3 : 4;
-            if (a.max_rows <= 128) {
-                LLA_TRY((launch_split<T, E, SplitTile<GROUPS, 8, 1, 4>>(ctx, name, a, &done)));
-                if constexpr (E == ADD)
-                    if (!done) LLA_TRY((launch_split<T, E, SplitTile<GROUPS, 8, 2, 6>>(ctx, name, a, &done)));
-            } else {
-                LLA_TRY((launch_split<T, E, SplitTile<GROUPS, 16, 1, 4>>(ctx, name, a, &done)));
-                if constexpr (E == ADD)
-                    if (!done) LLA_TRY((launch_split<T, E, SplitTile<GROUPS, 16, 2, 5>>(ctx, name, a, &done)));
-            }
-            if (done) return LLA_OK;
-        }
+        if constexpr (E == ADD || E == QKV)
+            LLA_TRY(a.max_rows <= 128 ? (try_splits<T, E, 8, 6>(ctx, name, a, &done))
+                                      : (try_splits<T, E, 16, 5>(ctx, name, a, &done)));
+        if (done) return LLA_OK;
         const double large = cost<WideLarge>(ctx, a, 1.0), middle = cost<WideMiddle>(ctx, a, 1.0),
                      tall = cost<WideTall>(ctx, a, 1.0), small = cost<WideSmall>(ctx, a, 0.6);
         if (small < large && small < middle && small < tall) return launch_product<T, E, WideSmall>(ctx, name, a);
