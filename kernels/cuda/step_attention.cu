@@ -1,10 +1,6 @@
 /* step_attention.cu: attention of the step's rows over KV blocks: flash-decoding by splits of LLA_CUDA_SPLIT tokens, on
- * the tensor cores (attention_tile.cuh).
- *
- * A block takes one split of one row and KV head, with the query heads of the group. The split's unnormalised output,
- * maximum and sum go to `partial`; the last block of a row and KV head to arrive merges the splits, in order. Where a
- * step has more splits than `partial` holds (prompts), a block takes a whole row and merges as it goes: the same
- * numbers in the same order. */
+ * the tensor cores (attention_tile.cuh), row by row (step_attention_rows.cuh). Steps of many rows, among which there
+ * may be prompts, go to step_flash.cu. */
 #include "step_attention_rows.cuh"
 #include "step_many.h"
 

@@ -1,4 +1,5 @@
-/* step_flash.cu: attention for steps of many rows: a block takes some consecutive rows of one sequence and all query
+/* step_flash.cu: attention for steps of many rows. Rows that are alone of their sequence come first, row by row
+ * (step_attention_rows.cuh). Of the others, prompts, a block takes some consecutive rows of one sequence and all query
  * heads of a KV head, and walks the sequence's keys and values once for them.
  *
  * The order of sums is the one that all attention of the step keeps (step_attention.cu): splits of LLA_CUDA_SPLIT

@@ -48,7 +48,7 @@ static void fill(struct pair *p) {
 
 static bool make(struct pair *p, const struct lla_spec *spec, size_t max_seqs, size_t chunk) {
     struct lla_limits limits = {
-        .max_seq = 700, .max_seqs = max_seqs, .kv_tokens = 700 * 4, .kv_block = 32, .prefill_chunk = chunk};
+        .max_seq = 2400, .max_seqs = max_seqs, .kv_tokens = 700 * 4, .kv_block = 32, .prefill_chunk = chunk};
     if (limits.kv_tokens < limits.max_seq) limits.kv_tokens = limits.max_seq;
     const struct lla_shard whole = {0, 1};
     CHECK_INT(lla_runner_create(spec, &limits, whole, 0, 2, &p->cpu), LLA_OK);
@@ -200,7 +200,8 @@ static struct lla_spec shape(llaisysDataType_t dtype, size_t hidden, size_t nhea
 }
 
 static void compare_shape(struct lla_spec spec) {
-    static const struct sequence one[] = {{5, 1}}, deep[] = {{650, 1}}, three[] = {{0, 1}, {127, 1}, {128, 1}};
+    static const struct sequence one[] = {{5, 1}}, deep[] = {{650, 1}}, far[] = {{2300, 1}},
+                                 three[] = {{0, 1}, {127, 1}, {128, 1}};
     static const struct sequence mixed[] = {{0, 20}, {300, 1}, {130, 12}}, prompt[] = {{100, 64}},
                                  many[] = {{7, 9}, {3, 8}};
     /* more than 64 rows: the kernels for many */
@@ -211,6 +212,7 @@ static void compare_shape(struct lla_spec spec) {
     const double bound = spec.dtype == LLAISYS_DTYPE_F32 ? 2e-5 : spec.dtype == LLAISYS_DTYPE_F16 ? 4e-3 : 2e-2;
     compare(&p, one, 1, bound);
     compare(&p, deep, 1, bound);
+    compare(&p, far, 1, bound);
     compare(&p, three, 3, bound);
     compare(&p, mixed, 3, bound);
     compare(&p, prompt, 1, bound);
