@@ -7,6 +7,10 @@
 #include "bench.h"
 #include "serve.h"
 
+#ifdef LLA_CUDA
+#include "../graph/exec_cuda.h"
+#endif
+
 #include <math.h>
 #include <stdlib.h>
 #include <time.h>
@@ -55,6 +59,29 @@ static lla_status make_workload(const struct serve_options *o, size_t vocab, str
 
 /* ---- the engine ---- */
 
+/* Tokens of the KV cache where none were asked for: what the workload needs, `limits->kv_tokens`, as far as it goes. A
+ * CPU takes what the engine would take by itself at most; a GPU's memory has no other use, so there it is halved until
+ * the plan leaves a sixteenth free. */
+static lla_status fit_kv(const struct lla_spec *spec, struct lla_limits *limits) {
+    const size_t unasked = limits->max_seq > 65536 ? limits->max_seq : 65536;
+#ifdef LLA_CUDA
+    if (limits->device == LLAISYS_DEVICE_NVIDIA) {
+        size_t available;
+        LLA_TRY(lla_exec_cuda_available(0, &available));
+        for (; limits->kv_tokens > unasked; limits->kv_tokens /= 2) {
+            struct lla_graph graph;
+            LLA_TRY(lla_graph_make(spec, limits, (struct lla_shard){0, 1}, &graph));
+            const lla_status status = lla_plan_fit(&graph.plan, available - available / 16);
+            lla_graph_free(&graph);
+            if (!status) return LLA_OK;
+        }
+    }
+#endif
+    (void)spec;
+    if (limits->kv_tokens > unasked) limits->kv_tokens = unasked;
+    return LLA_OK;
+}
+
 static lla_status open_engine(struct serve_options *o, struct serve_request *requests, struct serve_report *report,
                               struct LlaisysEngine **engine) {
     struct lla_spec spec;
@@ -71,18 +98,16 @@ static lla_status open_engine(struct serve_options *o, struct serve_request *req
     if (!o->max_seq) o->max_seq = longest;
     LLA_REQUIRE(longest <= o->max_seq, LLA_ELIMIT, "a request of %zu tokens exceeds --max-seq %zu", longest,
                 o->max_seq);
-    /* what the workload can use, at most what the engine would take by itself */
-    const size_t unasked = o->max_seq > 65536 ? o->max_seq : 65536;
     const size_t most = o->max_seqs * (o->max_seq + 32) < total + o->max_seqs * 32 + o->max_seq
                             ? o->max_seqs * (o->max_seq + 32)
                             : total + o->max_seqs * 32 + o->max_seq;
-    const struct lla_limits limits = {.device =
-                                          strcmp(o->device, "nvidia") ? LLAISYS_DEVICE_CPU : LLAISYS_DEVICE_NVIDIA,
-                                      .max_seq = o->max_seq,
-                                      .max_seqs = o->max_seqs,
-                                      .kv_tokens = o->kv_tokens ? o->kv_tokens : (most < unasked ? most : unasked),
-                                      .kv_block = o->kv_block,
-                                      .prefill_chunk = o->chunk};
+    struct lla_limits limits = {.device = strcmp(o->device, "nvidia") ? LLAISYS_DEVICE_CPU : LLAISYS_DEVICE_NVIDIA,
+                                .max_seq = o->max_seq,
+                                .max_seqs = o->max_seqs,
+                                .kv_tokens = o->kv_tokens ? o->kv_tokens : most,
+                                .kv_block = o->kv_block,
+                                .prefill_chunk = o->chunk};
+    if (!o->kv_tokens) LLA_TRY(fit_kv(&spec, &limits));
     struct lla_runner *runner = calloc(1, sizeof *runner);
     LLA_REQUIRE(runner, LLA_ENOMEM, "no memory for a runner");
     lla_status status = LLA_OK;
@@ -278,7 +303,7 @@ static void usage(FILE *out) {
                  "  --seed N           of prompts, lengths, arrivals and sampling (1)\n"
                  "  --max-seqs N       requests computed at once (64)\n"
                  "  --max-seq N        tokens of a request (what the workload needs)\n"
-                 "  --kv-tokens N      tokens of the KV cache (what the workload needs, at most 65536)\n"
+                 "  --kv-tokens N      tokens of the KV cache (what the workload needs; cpu: at most 65536)\n"
                  "  --kv-block N       tokens of a KV block (32)\n"
                  "  --prefill-chunk N  rows of the largest step (cpu 512)\n"
                  "  --mixed-rows N     rows of a step in which something decodes (cpu --max-seqs + 64)\n"

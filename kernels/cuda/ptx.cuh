@@ -211,6 +211,17 @@ __device__ __forceinline__ void copy_to_cluster(uint32_t to, uint32_t from, unsi
 #endif
 }
 
+/* Stores 16 bytes to the shared memory of block `rank` of the cluster; `to` is an address as in this block. */
+__device__ __forceinline__ void store_cluster_16(uint32_t to, unsigned rank, const float (&v)[4]) {
+#if __CUDA_ARCH__ >= 900
+    uint32_t there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(to), "r"(rank));
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(there), "f"(v[0]), "f"(v[1]), "f"(v[2]),
+                 "f"(v[3])
+                 : "memory");
+#endif
+}
+
 /* ---- programmatic dependent launch (sm_90 and newer; nothing elsewhere) ---- */
 
 /* Lets the next kernel of the stream start; it may not read what this one writes before its own pdl_wait(). */

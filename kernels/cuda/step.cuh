@@ -127,6 +127,33 @@ lla_status launch(const lla_cuda_ctx *ctx, const char *name, void (*kernel)(Para
     return launch_clusters(ctx, name, kernel, grid, threads, smem, 1, args...);
 }
 
+/* Clusters of a kernel that the GPU holds at once where a block has an SM for itself: fewer than there are SMs for,
+ * since a cluster stays within one of the GPU's groups of SMs. 0: none. */
+template <class... Params>
+size_t resident_clusters(const lla_cuda_ctx *ctx, void (*kernel)(Params...), int threads, unsigned cluster) {
+    cudaFuncAttributes has;
+    if (cudaFuncGetAttributes(&has, reinterpret_cast<const void *>(kernel)) != cudaSuccess) return 0;
+    const size_t smem = ctx->max_smem - has.sharedSizeBytes;
+    if (has.ptxVersion < 90 /* compiled for GPUs without clusters */ ||
+        cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             (int)smem) != cudaSuccess)
+        return 0;
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(cluster);
+    config.blockDim = dim3((unsigned)threads);
+    config.dynamicSmemBytes = smem;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int count = 0;
+    if (cudaOccupancyMaxActiveClusters(&count, reinterpret_cast<const void *>(kernel), &config) != cudaSuccess)
+        return 0;
+    return (size_t)count;
+}
+
 /* Whether the device runs code for sm_90a, and the build has some. */
 inline bool has_wgmma(const lla_cuda_ctx *ctx) {
 #ifdef LLA_SM90A

@@ -12,6 +12,7 @@ struct Attention {
     float *partial;   /* [max_splits, nhead, dim + 2]: output, maximum, sum */
     int32_t *arrived; /* [max_rows, nkvhead], zero between steps */
     size_t nhead, nkvhead, dim, kv_block, max_blocks, max_splits;
+    lla_block_times *trace;
 };
 
 /* Row and first slot of an item of the step; every thread computes the same. Items are numbered by row, then split. */
@@ -56,7 +57,11 @@ __device__ inline bool is_last_block(int32_t *arrived, size_t parts) {
     return is_last;
 }
 
-/* For shapes that the tensor cores' kernel does not take. */
+/* For steps of many rows: lla_many_attention() where it takes the shape. */
+bool lla_many_attention_takes(const lla_cuda_ctx *ctx);
+lla_status lla_many_attention(const lla_cuda_ctx *ctx, const Attention &a);
+
+/* For shapes that the tensor cores' kernels do not take. */
 lla_status lla_cuda_attention_any(const lla_cuda_ctx *ctx, const Attention &a);
 
 #endif

@@ -3,11 +3,11 @@
 #ifndef LLA_STEP_FLASH_CUH
 #define LLA_STEP_FLASH_CUH
 
-#include "step_math.cuh"
+#include "step_attention_rows.cuh"
 
 namespace {
 
-enum { SPLIT = LLA_CUDA_SPLIT, TILE_ROWS = 128 /* of a block's matrix */ };
+enum { TILE_ROWS = 128 /* of a block's matrix */ };
 
 struct Flash {
     const lla_step_header *header;
@@ -25,23 +25,57 @@ struct Rows {
     unsigned first, count, position;
 };
 
-/* The order-th tile of the step, from the last. Tiles begin where a sequence does, and at positions that are multiples
- * of `most`; words: scratch in shared memory, a bit a row of the step. All threads of the block call it. */
-__device__ Rows find_rows(const Flash &a, unsigned order, unsigned most, uint32_t *words) {
+/* What the blocks need to know of the step's rows, in shared memory: a bit for each row that a tile begins at, and for
+ * each that is alone of its sequence (attend_rows() takes those). Tiles begin where a sequence does, and at positions
+ * that are multiples of `most`. */
+struct Survey {
+    unsigned splits[8], tiles[8]; /* of each warp's rows: splits of the lonely ones; tiles of the others */
+    uint32_t words[1];            /* [2, words]: ends of tiles; of these the beginnings of tiles, too */
+};
+
+/* Bytes of a survey. */
+inline size_t survey_bytes(size_t rows) {
+    return sizeof(Survey) + (rows + 31) / 32 * 2 * sizeof(uint32_t);
+}
+
+/* All threads of the block call it. */
+__device__ __forceinline__ void survey_rows(const Flash &a, unsigned most, Survey &s) {
     const unsigned rows = (unsigned)a.header->nrow, lane = threadIdx.x % 32, nword = (rows + 31) / 32;
+    unsigned splits = 0, tiles = 0;
 #pragma unroll 4
     for (unsigned w = threadIdx.x / 32; w < nword; w += blockDim.x / 32) {
         const unsigned r = w * 32 + lane;
-        bool starts = false;
-        if (r < rows) starts = r == 0 || a.row_seq[r] != a.row_seq[r - 1] || (unsigned)a.positions[r] % most == 0;
-        const uint32_t bits = __ballot_sync(~0u, starts);
-        if (lane == 0) words[w] = bits;
+        bool starts = false, alone = false;
+        if (r < rows) {
+            const int seq = a.row_seq[r];
+            const unsigned position = (unsigned)a.positions[r];
+            const bool is_first = r == 0 || seq != a.row_seq[r - 1];
+            starts = is_first || position % most == 0;
+            alone = is_first && (r + 1 == rows || seq != a.row_seq[r + 1]);
+            if (alone) splits += position / SPLIT + 1;
+        }
+        const uint32_t all = __ballot_sync(~0u, starts), shared = __ballot_sync(~0u, starts && !alone);
+        tiles += __popc(shared);
+        if (lane == 0) {
+            s.words[w] = all;
+            s.words[nword + w] = shared;
+        }
+    }
+    splits = __reduce_add_sync(~0u, splits);
+    if (lane == 0) {
+        s.splits[threadIdx.x / 32] = splits;
+        s.tiles[threadIdx.x / 32] = tiles;
     }
     __syncthreads();
+}
+
+/* The order-th tile of the step, from the last, of those that there are. */
+__device__ __forceinline__ Rows find_rows(const Flash &a, unsigned order, unsigned most, const Survey &s) {
+    const unsigned rows = (unsigned)a.header->nrow, lane = threadIdx.x % 32, nword = (rows + 31) / 32;
     /* every warp: from the last words to the first, 32 at a time; `before`: starts in the words of lower lanes */
     Rows found = {0, 0, 0};
     for (unsigned seen = 0, from = 0; from < nword && !found.count; from += 32) {
-        const uint32_t bits = from + lane < nword ? words[nword - 1 - from - lane] : 0;
+        const uint32_t bits = from + lane < nword ? s.words[2 * nword - 1 - from - lane] : 0;
         unsigned upto = __popc(bits);
         for (int o = 1; o < 32; o *= 2) {
             const unsigned other = __shfl_up_sync(~0u, upto, o);
@@ -62,14 +96,35 @@ __device__ Rows find_rows(const Flash &a, unsigned order, unsigned most, uint32_
         }
         seen += __shfl_sync(~0u, upto, 31);
     }
-    if (found.count) {
-        while (found.first + found.count < rows && found.count < most &&
-               !(words[(found.first + found.count) / 32] >> (found.first + found.count) % 32 & 1))
-            found.count++;
-        found.position = (unsigned)a.positions[found.first];
-    }
-    __syncthreads(); /* the scratch is free */
+    while (found.first + found.count < rows && found.count < most &&
+           !(s.words[(found.first + found.count) / 32] >> (found.first + found.count) % 32 & 1))
+        found.count++;
+    found.position = (unsigned)a.positions[found.first];
     return found;
+}
+
+/* The block's turn-th tile and KV head, of those numbered from the last tile on: the longest first, and to and fro, so
+ * that blocks get about the same. */
+__device__ __forceinline__ unsigned order_of(unsigned turn) {
+    return turn * gridDim.x + (turn % 2 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+}
+
+/* The step's rows that are alone of their sequence, by the block's first W warps; the number of its tiles times KV
+ * heads. All threads call it. */
+template <class T, int DIM, int W>
+__device__ __forceinline__ unsigned survey_and_attend_rows(const Attention &by_row, const Flash &a, unsigned most,
+                                                           char *smem, Survey &s) {
+    survey_rows(a, most, s);
+    unsigned splits = 0, tiles = 0;
+    for (unsigned w = 0; w < blockDim.x / 32; w++) {
+        splits += s.splits[w];
+        tiles += s.tiles[w];
+    }
+    if (splits && threadIdx.x < 32 * W) {
+        Jobs jobs(by_row, s.words);
+        attend_rows<T, DIM, W>(by_row, smem, jobs, splits, a.scale);
+    }
+    return tiles * a.nkvhead;
 }
 
 /* ---- a split's weights ---- */

@@ -6,6 +6,7 @@
  * bytes of shared memory for every 16 columns, of 128 bytes that an SM moves in a cycle. */
 #include "step_gemm.cuh"
 #include "step_gemm_sm90.cuh"
+#include "step_gemm_split.cuh"
 #include "step_many.h"
 
 namespace {
@@ -116,6 +117,7 @@ using LargeShallow = Tile<3, 8, 4, 2, 2, 4, 1>;
 using Small = Tile<2, 4, 2, 2, 4, 3, 2>;
 /* The same for wgmma. */
 using WideLarge = Tile<1, 24, 8, 1, 4, 5, 1>;
+using WideTall = Tile<1, 16, 12, 1, 4, 5, 1>;
 using WideMiddle = Tile<1, 16, 8, 1, 4, 6, 1>;
 using WideSmall = Tile<1, 8, 4, 1, 4, 4, 3>;
 
@@ -124,30 +126,61 @@ template <class S> constexpr bool is_wgmma = S::MI == 1 && S::WARPS_N == 1;
 
 template <class T, Epilogue E, class S>
 lla_status launch_product(const lla_cuda_ctx *ctx, const char *name, const Product &a) {
-    const size_t tiles = (tiles_of(a.n) * 16 + S::BM - 1) / S::BM * ((ctx->rows + S::BN - 1) / S::BN);
+    const size_t tiles = (tiles_of(a.n) * 16 + S::BM - 1) / S::BM * ((a.max_rows + S::BN - 1) / S::BN);
     const size_t resident = (size_t)ctx->sm_count * S::RESIDENT;
     const dim3 grid((unsigned)(tiles < resident ? tiles : resident));
     if constexpr (is_wgmma<S>) {
         CUtensorMap w, x;
-        LLA_TRY(map_product<S>(a, ctx->rows, &w, &x));
+        LLA_TRY(map_product<S>(a, a.max_rows, &w, &x));
         return launch(ctx, name, wgmma_kernel<T, E, S>, grid, S::THREADS_ + FILLERS<S>, S::SMEM, a, w, x);
     } else {
         return launch(ctx, name, product_kernel<T, E, S>, grid, S::THREADS_, S::SMEM, a);
     }
 }
 
+/* K over a cluster, a tile for each, if so many turns of the GPU's clusters do it and it is not done yet. */
+template <class T, Epilogue E, class S>
+lla_status launch_split(const lla_cuda_ctx *ctx, const char *name, const Product &a, size_t turns, bool *done) {
+    const size_t tiles = (tiles_of(a.n) * 16 + S::BM - 1) / S::BM * ((a.max_rows + S::BN - 1) / S::BN);
+    if (*done || S::SMEM > ctx->max_smem || a.parts != SHARERS * S::Q || tiles_of(a.k) < a.parts) return LLA_OK;
+    const size_t clusters = resident_clusters(ctx, split_kernel<T, E, S>, S::THREADS_ + 128, SHARERS);
+    if (tiles > turns * clusters) return LLA_OK;
+    CUtensorMap w, x;
+    LLA_TRY(map_product<S>(a, a.max_rows, &w, &x));
+    *done = true;
+    return launch_clusters(ctx, name, split_kernel<T, E, S>, dim3((unsigned)(tiles * SHARERS)), S::THREADS_ + 128,
+                           S::SMEM, SHARERS, a, w, x);
+}
+
+/* The tallest tile that keeps most of the GPU busy, in one turn; where K is long, two turns are better than none. */
+template <class T, Epilogue E, int NI, int STAGES>
+lla_status try_splits(const lla_cuda_ctx *ctx, const char *name, const Product &a, bool *done) {
+    if constexpr (E == ADD) {
+        LLA_TRY((launch_split<T, E, SplitTile<3, NI, 2, STAGES>>(ctx, name, a, 2, done)));
+        LLA_TRY((launch_split<T, E, SplitTile<3, NI, 1, 4>>(ctx, name, a, 1, done)));
+    }
+    return launch_split<T, E, SplitTile<4, NI, 1, 4>>(ctx, name, a, 1, done);
+}
+
 /* Tiles that the busiest SM has, times a tile's size over its speed. */
 template <class S> double cost(const lla_cuda_ctx *ctx, const Product &a, double speed) {
-    const size_t tiles = (tiles_of(a.n) * 16 + S::BM - 1) / S::BM * ((ctx->rows + S::BN - 1) / S::BN);
+    const size_t tiles = (tiles_of(a.n) * 16 + S::BM - 1) / S::BM * ((a.max_rows + S::BN - 1) / S::BN);
     const size_t sms = (size_t)ctx->sm_count;
     return (double)((tiles + sms - 1) / sms) * S::BM * S::BN / speed;
 }
 
 template <class T, Epilogue E> lla_status dispatch(const lla_cuda_ctx *ctx, const char *name, const Product &a) {
     if (has_wgmma(ctx)) { /* speeds: profiles/prefill.md */
+        bool done = false;
+        if constexpr (E == ADD || E == QKV)
+            LLA_TRY(a.max_rows <= 128 ? (try_splits<T, E, 8, 6>(ctx, name, a, &done))
+                                      : (try_splits<T, E, 16, 5>(ctx, name, a, &done)));
+        if (done) return LLA_OK;
         const double large = cost<WideLarge>(ctx, a, 1.0), middle = cost<WideMiddle>(ctx, a, 1.0),
-                     small = cost<WideSmall>(ctx, a, 0.76);
-        if (small < large && small < middle) return launch_product<T, E, WideSmall>(ctx, name, a);
+                     tall = cost<WideTall>(ctx, a, 1.0), small = cost<WideSmall>(ctx, a, 0.6);
+        if (small < large && small < middle && small < tall) return launch_product<T, E, WideSmall>(ctx, name, a);
+        if constexpr (E == SWIGLU)
+            if (tall < large && tall <= middle) return launch_product<T, E, WideTall>(ctx, name, a);
         if (middle < large) return launch_product<T, E, WideMiddle>(ctx, name, a);
         return launch_product<T, E, WideLarge>(ctx, name, a);
     }
@@ -166,14 +199,15 @@ lla_status norm_rows(const lla_cuda_ctx *ctx, size_t x, size_t norm, size_t norm
     return launch_norm<__half>(ctx, x, norm, normed);
 }
 
-bool takes(const lla_cuda_ctx *ctx, size_t n, size_t k) {
-    return ctx->rows > LLA_FEW_ROWS && ctx->dims.dtype != LLAISYS_DTYPE_F32 && n % 8 == 0 && k % 8 == 0 &&
+bool takes(const lla_cuda_ctx *ctx, size_t rows, size_t n, size_t k) {
+    return rows > LLA_FEW_ROWS && ctx->dims.dtype != LLAISYS_DTYPE_F32 && n % 8 == 0 && k % 8 == 0 &&
            Small::SMEM <= ctx->max_smem;
 }
 
 Product product(const lla_cuda_ctx *ctx, size_t x, size_t w, size_t out, size_t n, size_t k) {
     Product a = {};
     a.header = (const lla_step_header *)(ctx->arena + ctx->io.header);
+    a.max_rows = (unsigned)ctx->rows;
     a.x = ctx->arena + x;
     a.w = ctx->arena + w;
     a.out = ctx->arena + out;
@@ -186,15 +220,15 @@ Product product(const lla_cuda_ctx *ctx, size_t x, size_t w, size_t out, size_t 
 } // namespace
 
 bool lla_many_qkv_takes(const lla_cuda_ctx *ctx) {
-    return ctx->dims.head_dim % 16 == 0 && takes(ctx, ctx->dims.head_dim, ctx->dims.hidden);
+    return ctx->dims.head_dim % 16 == 0 && takes(ctx, ctx->rows, ctx->dims.head_dim, ctx->dims.hidden);
 }
 
 bool lla_many_linear_add_takes(const lla_cuda_ctx *ctx, const lla_linear_add_args *args) {
-    return takes(ctx, ctx->dims.hidden, args->k);
+    return takes(ctx, ctx->rows, ctx->dims.hidden, args->k);
 }
 
 bool lla_many_gate_up_takes(const lla_cuda_ctx *ctx) {
-    return takes(ctx, ctx->dims.ffn, ctx->dims.hidden);
+    return takes(ctx, ctx->rows, ctx->dims.ffn, ctx->dims.hidden);
 }
 
 lla_status lla_many_qkv(const lla_cuda_ctx *ctx, const lla_qkv_args *args) {
@@ -230,4 +264,18 @@ lla_status lla_many_gate_up(const lla_cuda_ctx *ctx, const lla_gate_up_args *arg
     Product a = product(ctx, args->normed, args->w, args->act, 2 * ctx->dims.ffn, ctx->dims.hidden);
     a.half = (unsigned)ctx->dims.ffn;
     return by_dtype<SWIGLU>(ctx, "gate_up", a);
+}
+
+bool lla_many_head_takes(const lla_cuda_ctx *ctx) {
+    return takes(ctx, ctx->logits, ctx->dims.vocab, ctx->dims.hidden);
+}
+
+lla_status lla_many_head(const lla_cuda_ctx *ctx, const void *normed, const void *w, void *logits) {
+    Product a = product(ctx, 0, 0, 0, ctx->dims.vocab, ctx->dims.hidden);
+    a.max_rows = (unsigned)ctx->logits;
+    a.by_logit = true;
+    a.x = normed;
+    a.w = w;
+    a.out = logits;
+    return by_dtype<STORE>(ctx, "head", a);
 }

@@ -12,13 +12,15 @@
 
 namespace {
 
-enum Epilogue { QKV, ADD, SWIGLU };
+enum Epilogue { QKV, ADD, SWIGLU, STORE };
 
 struct Product {
     const lla_step_header *header;
-    const void *x; /* [rows, k]: normed, or as it is */
-    const void *w; /* packed [n, k] */
-    void *out;     /* ADD: [rows, n], added to; SWIGLU: [rows, half] */
+    unsigned max_rows; /* of the bucket */
+    bool by_logit;     /* rows are the step's logit rows */
+    const void *x;     /* [rows, k]: normed, or as it is */
+    const void *w;     /* packed [n, k] */
+    void *out;         /* ADD: [rows, n], added to; STORE: [rows, n]; SWIGLU: [rows, half] */
     unsigned n, k, half;
     unsigned parts; /* of K */
     /* QKV */
@@ -27,6 +29,10 @@ struct Product {
     void *q, *k_cache, *v_cache;
     unsigned nhead, nkvhead, head_dim, kv_block, max_blocks;
 };
+
+__device__ __forceinline__ unsigned rows_of(const Product &a) {
+    return (unsigned)(a.by_logit ? a.header->nlogit : a.header->nrow);
+}
 
 /* Sizes of a tile: warps WARPS_M x WARPS_N, each with MI x 16 weight rows by NI x 8 rows of the step. */
 template <int MI_, int NI_, int WARPS_M_, int WARPS_N_, int KT_, int STAGES_, int RESIDENT_> struct Tile {
@@ -40,7 +46,9 @@ template <int MI_, int NI_, int WARPS_M_, int WARPS_N_, int KT_, int STAGES_, in
     static_assert(KT == 2 || KT == 4, "a row of a piece is 64 or 128 bytes, which the swizzle spreads over the banks");
     static_assert(NI % 2 == 0, "ldmatrix.x4 loads 16 rows of x");
     static_assert(THREADS_ % (KT * 32) == 0 && BM / 16 % W_PASS == 0, "all threads copy as many units of weights");
-    static_assert(X_PASS % 8 == 0 && BN % X_PASS == 0, "and of x, all in the same place of their rows");
+    static_assert((MI == 1 && WARPS_N == 1) /* wgmma's, with copies of its own */ ||
+                      (X_PASS % 8 == 0 && BN % X_PASS == 0),
+                  "and of x, all in the same place of their rows");
     static_assert(STAGES >= 3, "one piece is read, one is complete, one is being copied");
     static_assert(SMEM * RESIDENT <= 227 * 1024, "the rings fit in shared memory");
 };
@@ -111,7 +119,7 @@ template <class S> struct Ring {
     __device__ __forceinline__ void begin(const Product &a, char *smem) {
         base = (shared_address(smem) + 1023) / 1024 * 1024;
         end = base + S::STAGES * S::STAGE_BYTES;
-        rows = (unsigned)a.header->nrow; /* a step input: it was there before the step's first kernel */
+        rows = rows_of(a); /* a step input: it was there before the step's first kernel */
         columns = (rows + S::BN - 1) / S::BN;
         tiles = ((a.n + 15) / 16 + S::BM / 16 - 1) / (S::BM / 16) * columns;
         feed.tile = blockIdx.x;
@@ -194,6 +202,18 @@ __device__ __forceinline__ void finish(const Product &a, const float (&sum)[S::M
                     memcpy(&pair, y, sizeof pair);
                     pair = transpose_8x8(pair);
                     if (row[j] < rows) *(uint32_t *)((T *)a.out + (size_t)row[j] * a.half + tile * 8 + t2) = pair;
+                }
+            } else if (E == STORE) {
+                const bool is_whole = tile * 16 + 8 < a.n; /* the last tile may have eight rows */
+#pragma unroll
+                for (int j = 0; j < BATCH; j++) {
+                    const float (&c)[4] = sum[i][j0 + j];
+                    const uint32_t low = transpose_8x8(pack_pair<T>(c[0], c[1])),
+                                   high = transpose_8x8(pack_pair<T>(c[2], c[3]));
+                    if (row[j] >= rows) continue;
+                    uint32_t *out = (uint32_t *)((T *)a.out + (size_t)row[j] * a.n + tile * 16 + t2);
+                    out[0] = low;
+                    if (is_whole) out[4] = high;
                 }
             } else if (E == ADD) {
                 const bool is_whole = tile * 16 + 8 < a.n; /* the last tile may have eight rows */

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
     }
     __syncthreads();
     pdl_launch_next();
-    const unsigned rows = (unsigned)a.header->nrow; /* a step input: it was there before the step's first kernel */
+    const unsigned rows = rows_of(a); /* a step input: it was there before the step's first kernel */
     const unsigned columns = (rows + S::BN - 1) / S::BN;
     constexpr unsigned HEIGHT = S::BM / 16; /* in row tiles */
     const unsigned tiles = (ntiles + HEIGHT - 1) / HEIGHT * columns;
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
         return;
     }
 
-    if constexpr (FILLERS<S> == 128) take_registers<240>();
+    if constexpr (FILLERS<S> == 128) take_registers<S::WARPS_M == 12 ? 160 : 240>();
     pdl_wait(); /* results are added to what the kernels before wrote */
     const uint32_t w_at = base + warp * KT * 512 + lane * 16;
     uint4 w[KT];

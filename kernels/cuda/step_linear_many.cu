@@ -13,6 +13,7 @@
  *     block reads only its eighth of x. The parts' sums meet in the cluster's shared memory: block b gets those of
  *     columns 8 b .. 8 b + 7, and adds them in order. Clusters exist from sm_90 on. */
 #include "step_linear.cuh"
+#include "step_many.h"
 
 namespace {
 
@@ -21,7 +22,8 @@ enum {
     ROW_BYTES = 128, /* of x in a stage: eight units of 16 bytes, swizzled by row */
     PIECE = 512,     /* bytes of a 16 x 16 tile of weights, or of a 16 x 8 one of sums */
     CLUSTER = 8,     /* blocks that share K */
-    MAX_WARPS = 12,  /* of a block */
+    MAX_WARPS = 12,  /* of a block; of one in a cluster: */
+    MAX_WARPS_SPLIT = 14,
 };
 
 /* How the row tiles are shared. */
@@ -30,6 +32,8 @@ struct Shape {
     unsigned slots; /* row tiles that a block, or a cluster, works on at once */
     unsigned teams; /* blocks, or clusters */
     unsigned ring;  /* stages that shared memory has room for: fewer than STAGES where there are not as many */
+    unsigned box;   /* split: offset of the barrier, and of the boxes behind it */
+    bool overlaid;  /* one round: what goes to the other blocks lies where the ring was */
 };
 
 /* normed = norm of x, a block a row. */
@@ -46,7 +50,8 @@ template <class T> __global__ void __launch_bounds__(THREADS) norm_kernel(const 
 /* 8 NT columns a block (blockIdx.y chooses which). SPLIT: K is split over a cluster, and the block works on Q parts of
  * it at once; its warps are [Q][slots]. STAGES of the ring: all but one are on their way while one is multiplied. */
 template <class T, int NT, Epilogue E, bool SPLIT, int Q, int STAGES>
-__global__ void __launch_bounds__(32 * MAX_WARPS, 1) many_kernel(const Linear a, const Shape s) {
+__global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
+    many_kernel(const Linear a, const Shape s) {
     extern __shared__ __align__(128) char smem[];
     constexpr unsigned COLS = 8 * NT, X_BYTES = Q * COLS * ROW_BYTES;
     constexpr unsigned PARTS = CLUSTER * Q; /* of a split K */
@@ -57,7 +62,7 @@ __global__ void __launch_bounds__(32 * MAX_WARPS, 1) many_kernel(const Linear a,
     /* shared memory: the ring [ring][x [Q][COLS][ROW_BYTES], weights [warps][KS][PIECE]]; split: a barrier, what goes
      * to the cluster's blocks and what comes from them, [CLUSTER][Q][boxes][PIECE] each */
     const unsigned stage_bytes = X_BYTES + warps * KS * PIECE;
-    const uint32_t ring = shared_address(smem), barrier = ring + s.ring * stage_bytes, outbox = barrier + 128;
+    const uint32_t ring = shared_address(smem), barrier = ring + s.box, outbox = s.overlaid ? ring : barrier + 128;
 
     /* The order in which stages are filled and used: round by round of row tiles, part by part, piece by piece. */
     const unsigned pieces = ((s.ktiles + parts - 1) / parts + KS - 1) / KS; /* of the longest part */
@@ -102,7 +107,7 @@ __global__ void __launch_bounds__(32 * MAX_WARPS, 1) many_kernel(const Linear a,
     /* Block n + NT (slot % SPREAD) of the cluster adds the sums of columns 8 n .. 8 n + 7 of a slot's tile. */
     constexpr unsigned SPREAD = CLUSTER / NT;
     const unsigned boxes = (s.slots + SPREAD - 1) / SPREAD, box_bytes = Q * boxes * PIECE;
-    const uint32_t inbox = outbox + CLUSTER * box_bytes; /* [CLUSTER][Q] are the parts in order */
+    const uint32_t inbox = barrier + 128 + (s.overlaid ? 0 : CLUSTER * box_bytes); /* [CLUSTER][Q]: parts in order */
     unsigned round = 0;
 
     pdl_launch_next();
@@ -215,6 +220,10 @@ __global__ void __launch_bounds__(32 * MAX_WARPS, 1) many_kernel(const Linear a,
                                  prepare<T, E, false>(a, col0 + row, tile, g));
                 }
         } else {
+            if (s.overlaid) { /* nobody fills or reads the ring any more */
+                cp_async_wait<0>();
+                __syncthreads();
+            }
             cluster_wait(); /* every block of the cluster runs, and has read the sums of the round before */
 #pragma unroll
             for (unsigned n = 0; n < NT; n++) {
@@ -267,7 +276,12 @@ Shape shape_for(size_t ntiles, size_t ktiles, size_t most, size_t max_slots) {
     const size_t each = (ntiles + most - 1) / most, rounds = (each + max_slots - 1) / max_slots,
                  slots = (each + rounds - 1) / rounds;
     const size_t teams = (ntiles + slots - 1) / slots;
-    return Shape{(unsigned)ntiles, (unsigned)ktiles, (unsigned)slots, (unsigned)(teams < most ? teams : most), 0};
+    Shape s = {};
+    s.ntiles = (unsigned)ntiles;
+    s.ktiles = (unsigned)ktiles;
+    s.slots = (unsigned)slots;
+    s.teams = (unsigned)(teams < most ? teams : most);
+    return s;
 }
 
 /* Launches the kernel where the GPU has the clusters and the shared memory, and says so. */
@@ -275,20 +289,21 @@ template <class T, int NT, Epilogue E, bool SPLIT, int Q, int STAGES>
 lla_status launch_many(const lla_cuda_ctx *ctx, const char *name, const Linear &a, bool *done) {
     auto *kernel = many_kernel<T, NT, E, SPLIT, Q, STAGES>;
     const size_t ntiles = a.half ? (a.n / 2 + 7) / 8 : tiles_of(a.n), ktiles = tiles_of(a.k);
-    size_t most = (size_t)ctx->sm_count / (SPLIT ? CLUSTER : 1);
-    if (SPLIT) {
-        cudaFuncAttributes attributes;
-        const cudaError_t e = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void *>(kernel));
-        if (e != cudaSuccess) return lla_fail(LLA_EDEVICE, "%s: %s", name, cudaGetErrorString(e));
-        if (attributes.ptxVersion < 90 || !most) return LLA_OK; /* compiled for GPUs without clusters */
-    }
-    Shape s = shape_for(ntiles, ktiles, most, MAX_WARPS / Q);
+    const size_t max_warps = SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS;
+    const size_t most = SPLIT ? resident_clusters(ctx, kernel, 32 * max_warps, CLUSTER) : (size_t)ctx->sm_count;
+    if (!most) return LLA_OK;
+    Shape s = shape_for(ntiles, ktiles, most, max_warps / Q);
     const size_t parts = (size_t)1 << part_bits<E>(a.k), tiles = s.teams * s.slots;
     const size_t stages =
         (ntiles + tiles - 1) / tiles * (SPLIT ? 1 : parts) * (((ktiles + parts - 1) / parts + KS - 1) / KS);
     s.ring = stages < STAGES ? STAGES - 1 : STAGES;
-    const size_t smem = s.ring * (Q * 8 * NT * ROW_BYTES + s.slots * Q * KS * PIECE) +
-                        (SPLIT ? 128 + 2 * CLUSTER * Q * ((s.slots * NT + CLUSTER - 1) / CLUSTER) * PIECE : 0);
+    size_t smem = s.ring * (Q * 8 * NT * ROW_BYTES + s.slots * Q * KS * PIECE);
+    if (SPLIT) {
+        const size_t boxes = CLUSTER * Q * ((s.slots * NT + CLUSTER - 1) / CLUSTER) * PIECE; /* either way */
+        s.overlaid = ntiles <= tiles;
+        s.box = (unsigned)(s.overlaid && smem < boxes ? boxes : smem);
+        smem = s.box + 128 + (s.overlaid ? 1 : 2) * boxes;
+    }
     if (smem > ctx->max_smem) return LLA_OK;
     const dim3 grid(s.teams * (SPLIT ? CLUSTER : 1), (unsigned)((a.max_rows + 8 * NT - 1) / (8 * NT)));
     const int threads = (int)(32 * Q * s.slots);
@@ -319,6 +334,7 @@ lla_status launch_rows(const lla_cuda_ctx *ctx, const char *name, const Linear &
 
 template <class T, Epilogue E> lla_status linear_many(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
     if (a.norm) LLA_TRY(launch(ctx, name, norm_kernel<T>, dim3((unsigned)a.max_rows), THREADS, 0, a));
+    if (E == STORE && lla_many_head_takes(ctx)) return lla_many_head(ctx, a.normed, a.w, a.out);
     if (a.max_rows <= 16) return launch_rows<T, 2, E>(ctx, name, a);
     if (a.max_rows <= 32) return launch_rows<T, 4, E>(ctx, name, a);
     return launch_rows<T, 8, E>(ctx, name, a);

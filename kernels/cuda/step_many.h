@@ -13,12 +13,12 @@ enum { LLA_FEW_ROWS = 64 };
 bool lla_many_qkv_takes(const lla_cuda_ctx *ctx);
 bool lla_many_linear_add_takes(const lla_cuda_ctx *ctx, const lla_linear_add_args *args);
 bool lla_many_gate_up_takes(const lla_cuda_ctx *ctx);
-/* Whether step_flash.cu does: 16-bit elements, head_dim 64 or 128. */
-bool lla_many_attention_takes(const lla_cuda_ctx *ctx);
+bool lla_many_head_takes(const lla_cuda_ctx *ctx);
 
 lla_status lla_many_qkv(const lla_cuda_ctx *ctx, const lla_qkv_args *args);
 lla_status lla_many_linear_add(const lla_cuda_ctx *ctx, const lla_linear_add_args *args);
 lla_status lla_many_gate_up(const lla_cuda_ctx *ctx, const lla_gate_up_args *args);
-lla_status lla_many_attention(const lla_cuda_ctx *ctx, const lla_attention_args *args);
+/* The product alone, for the logit rows: normed [rows, hidden]. */
+lla_status lla_many_head(const lla_cuda_ctx *ctx, const void *normed, const void *w, void *logits);
 
 #endif

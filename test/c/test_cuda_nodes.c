@@ -67,7 +67,7 @@ static bool make(struct pair *p, const struct lla_spec *spec, size_t max_seqs, s
     return make_with(
         p, spec,
         (struct lla_limits){
-            .max_seq = 700, .max_seqs = max_seqs, .kv_tokens = 700 * 4, .kv_block = 32, .prefill_chunk = chunk});
+            .max_seq = 2400, .max_seqs = max_seqs, .kv_tokens = 2800, .kv_block = 32, .prefill_chunk = chunk});
 }
 
 static void unmake(struct pair *p) {
@@ -214,7 +214,8 @@ static double bound_of(llaisysDataType_t dtype) {
 }
 
 static void compare_shape(struct lla_spec spec) {
-    static const struct sequence one[] = {{5, 1}}, deep[] = {{650, 1}}, three[] = {{0, 1}, {127, 1}, {128, 1}};
+    static const struct sequence one[] = {{5, 1}}, deep[] = {{650, 1}}, far[] = {{2300, 1}},
+                                 three[] = {{0, 1}, {127, 1}, {128, 1}};
     static const struct sequence mixed[] = {{0, 20}, {300, 1}, {130, 12}}, prompt[] = {{100, 64}},
                                  many[] = {{7, 9}, {3, 8}};
     /* more than 64 rows: the kernels for many */
@@ -225,6 +226,7 @@ static void compare_shape(struct lla_spec spec) {
     const double bound = bound_of(spec.dtype);
     compare(&p, one, 1, bound);
     compare(&p, deep, 1, bound);
+    compare(&p, far, 1, bound);
     compare(&p, three, 3, bound);
     compare(&p, mixed, 3, bound);
     compare(&p, prompt, 1, bound);

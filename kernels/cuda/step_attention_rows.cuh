@@ -1,0 +1,321 @@
+/* step_attention_rows.cuh: attention row by row: a block takes a row and KV head at a time, or, where the step has few
+ * rows or a long one, a run of the row's splits.
+ *
+ * Each warp works on splits of its own: it asks for a split's keys and values in the background, waits for them,
+ * computes the split alone (attend_warp), and asks for its next one, of this row or of the block's next row. The warps'
+ * results meet in shared memory, where all threads merge them in order. So what a warp waits for is its own memory, and
+ * a block has up to W splits on their way.
+ *
+ * A row that is cut has its splits' results in `partial`: the first run's merged in one slot, behind it those of each
+ * other split, since only a merge from the first split on has the bits of an uncut row. The last block to arrive merges
+ * them. */
+#ifndef LLA_STEP_ATTENTION_ROWS_CUH
+#define LLA_STEP_ATTENTION_ROWS_CUH
+
+#include "step_attention.cuh"
+
+namespace {
+
+/* What a warp's split leaves. Rows of o begin eight banks apart for every two heads, as the fragments want. */
+template <int DIM> struct SplitResult {
+    float o[HEADS][DIM + 4], m[HEADS], l[HEADS];
+};
+
+template <class T, int DIM, int W> struct RowsMemory {
+    uint4 keys[W][SPLIT * DIM / 8], values[W][SPLIT * DIM / 8];
+    SplitResult<DIM> result[W];
+    unsigned is_last;
+};
+
+/* The barrier of the first W warps. */
+template <int W> __device__ __forceinline__ void rows_barrier() {
+    asm volatile("bar.sync 1, %0;" ::"n"(32 * W) : "memory");
+}
+
+/* Some splits of a row for up to eight query heads of one KV head. */
+struct Job {
+    unsigned row, kvhead, head0, heads;
+    unsigned first, last, runs; /* splits; runs that the row is cut into */
+    unsigned length, slot;      /* tokens; the row's first slot in `partial` */
+    const int32_t *table;
+};
+
+/* A step's jobs, numbered by row, run, KV head and heads. Rows come 32 at a time, one to a lane. */
+struct Jobs {
+    const Attention &a;
+    const uint32_t *const
+        words; /* NULL: all rows; else only those with a bit in the first words and not in the second */
+    const unsigned rows, lane, group, chunks, per_run;
+    unsigned run = 1;                                /* splits of a run, about */
+    unsigned base = 0, before = 0, before_slots = 0; /* rows [base, base + 32), jobs and slots before them */
+
+    __device__ __forceinline__ Jobs(const Attention &a, const uint32_t *words)
+        : a(a), words(words), rows((unsigned)a.header->nrow), lane(threadIdx.x % 32),
+          group((unsigned)(a.nhead / a.nkvhead)), chunks((group + HEADS - 1) / HEADS),
+          per_run((unsigned)a.nkvhead * chunks) {}
+
+    /* Splits of a row, 0 where it is not among the jobs'. */
+    __device__ __forceinline__ unsigned splits(unsigned row) const {
+        if (row >= rows) return 0;
+        if (words && !((words[row / 32] & ~words[(rows + 31) / 32 + row / 32]) >> row % 32 & 1)) return 0;
+        return (unsigned)a.positions[row] / SPLIT + 1;
+    }
+    __device__ __forceinline__ unsigned runs(unsigned splits) const {
+        const unsigned n = (splits + run / 2) / run;
+        return n ? n : splits ? 1 : 0;
+    }
+    /* Of all rows. */
+    __device__ __forceinline__ unsigned count_splits() const {
+        unsigned total = 0;
+#pragma unroll 4
+        for (unsigned row = lane; row < rows; row += 32) total += splits(row);
+        return __reduce_add_sync(~0u, total);
+    }
+    /* Every lane gets the sum over it and the lanes before. */
+    __device__ __forceinline__ unsigned scan(unsigned v) const {
+#pragma unroll
+        for (unsigned o = 1; o < 32; o *= 2) {
+            const unsigned other = __shfl_up_sync(~0u, v, o);
+            if (lane >= o) v += other;
+        }
+        return v;
+    }
+    /* Cuts long rows so that no block has more than about its share of the splits, of which there are `total`. */
+    __device__ __forceinline__ void cut(unsigned total, unsigned least) {
+        const unsigned share = (total * per_run + gridDim.x - 1) / gridDim.x;
+        run = total > a.max_splits ? 0x40000000u : share > least ? share : least;
+    }
+    /* Job `item`, which grows from call to call; heads 0: there is none. */
+    __device__ __forceinline__ Job find(unsigned item) {
+        Job job = {};
+        for (; base < rows; base += 32) {
+            const unsigned n = splits(base + lane), cuts = runs(n), slots = cuts > 1 ? n : 0;
+            const unsigned upto = before + scan(cuts * per_run), slots_upto = before_slots + scan(slots);
+            const unsigned who = __ballot_sync(~0u, item < upto);
+            if (who) {
+                const int from = __ffs(who) - 1;
+                const unsigned all = __shfl_sync(~0u, n, from);
+                const unsigned at = item - __shfl_sync(~0u, upto - cuts * per_run, from);
+                job.runs = __shfl_sync(~0u, cuts, from);
+                job.slot = __shfl_sync(~0u, slots_upto - slots, from);
+                job.row = base + from;
+                job.first = all * (at / per_run) / job.runs;
+                job.last = all * (at / per_run + 1) / job.runs;
+                job.kvhead = at % per_run / chunks;
+                job.head0 = job.kvhead * group + at % chunks * HEADS;
+                job.heads = min(group - at % chunks * HEADS, (unsigned)HEADS);
+                job.length = (unsigned)a.positions[job.row] + 1;
+                job.table = a.table + (size_t)a.row_seq[job.row] * a.max_blocks;
+                break;
+            }
+            before = __shfl_sync(~0u, upto, 31);
+            before_slots = __shfl_sync(~0u, slots_upto, 31);
+        }
+        return job;
+    }
+};
+
+/* Two dimensions of a head while splits are merged. */
+struct Merged {
+    float2 o;
+    float m, l;
+    __device__ __forceinline__ void take(const float2 &po, float pm, float pl, bool is_first) {
+        if (is_first) { /* as it is: a merge with nothing would turn -0 to 0 */
+            *this = Merged{po, pm, pl};
+            return;
+        }
+        const Weighting w(m, pm);
+        o = make_float2(w.merged(o.x, po.x), w.merged(o.y, po.y));
+        l = w.merged(l, pl);
+        m = w.top;
+    }
+};
+
+/* The first W warps of every block call it; the jobs, of so many splits in all, are shared among the grid's blocks. It
+ * waits for the kernels before, unless there is no job for this block. */
+template <class T, int DIM, int W>
+__device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs &jobs, unsigned total, float scale) {
+    constexpr unsigned UNITS = DIM / 8, TOKENS = 32 / UNITS; /* of a pass: tokens that a warp copies at once */
+    constexpr unsigned PAIRS = DIM / 2, PER = (HEADS * PAIRS + 32 * W - 1) / (32 * W);
+    static_assert(SPLIT == 64 && PAIRS % 32 == 0, "two places a lane; a warp merges pairs of one head");
+    auto &s = *reinterpret_cast<RowsMemory<T, DIM, W> *>(smem);
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, kv_block = (unsigned)a.kv_block;
+    const uint32_t keys = shared_address(s.keys[warp]), values = shared_address(s.values[warp]);
+
+    /* Where the lane's two tokens of a split lie: row numbers of the cache. */
+    const auto find_places = [&](const int32_t *table, unsigned kvhead, unsigned length, unsigned split) {
+        uint2 places = make_uint2(0, 0);
+        const unsigned low = split * SPLIT + lane, high = low + 32;
+        const auto place = [&](unsigned position) {
+            return ((unsigned)table[position / kv_block] * (unsigned)a.nkvhead + kvhead) * kv_block +
+                   position % kv_block;
+        };
+        if (low < length) places.x = place(low);
+        if (high < length) places.y = place(high);
+        return places;
+    };
+    /* Asks for tokens [from, to) of a split; from token `left` on they are zeros. */
+    const auto request = [&](uint2 places, unsigned left, unsigned from, unsigned to) {
+        const unsigned unit = lane % UNITS;
+#pragma unroll
+        for (unsigned half = 0; half < 2; half++)
+#pragma unroll 8
+            for (unsigned i = 0; i < 32; i += TOKENS) {
+                const unsigned in_half = i + lane / UNITS, token = half * 32 + in_half;
+                const uint32_t row = __shfl_sync(~0u, half ? places.y : places.x, in_half);
+                if (token < from || token >= to) continue;
+                const size_t at = (size_t)row * DIM + unit * 8;
+                const uint32_t to_unit = (token * UNITS + (unit ^ (token & 7))) * 16;
+                cp_async_16(keys + to_unit, (const T *)a.k_cache + at, token < left);
+                cp_async_16(values + to_unit, (const T *)a.v_cache + at, token < left);
+            }
+    };
+
+    /* Step inputs were there before the step's first kernel began, and so were keys and values of earlier steps. */
+    jobs.cut(total, W);
+    unsigned item = blockIdx.x;
+    Job job = jobs.find(item);
+    if (!job.heads) return;
+    if (job.first + warp < job.last) {
+        const unsigned split = job.first + warp, start = split * SPLIT;
+        const unsigned old = jobs.words ? job.length - 1 : (unsigned)first_new(a.positions, a.row_seq, job.row);
+        const unsigned staged = old <= start ? 0 : min(old - start, (unsigned)SPLIT);
+        const uint2 places = find_places(job.table, job.kvhead, job.length, split);
+        request(places, job.length - start, 0, staged);
+        pdl_wait();
+        request(places, job.length - start, staged, SPLIT);
+    } else {
+        pdl_wait();
+    }
+    note(a.trace, LLA_BLOCK_FREE);
+
+    while (job.heads) {
+        const Job next = jobs.find(item += gridDim.x);
+        uint2 q[DIM / 16];
+        const uint32_t *from = reinterpret_cast<const uint32_t *>(
+            (const T *)a.q + ((size_t)job.row * a.nhead + job.head0 + min(lane / 4, job.heads - 1)) * DIM);
+#pragma unroll
+        for (int k = 0; k < DIM / 16; k++) q[k] = make_uint2(from[8 * k + lane % 4], from[8 * k + 4 + lane % 4]);
+
+        Merged merged[PER];
+        bool is_asked = false; /* this warp's place is the next job's already */
+        for (unsigned base = job.first; base < job.last; base += W) {
+            const unsigned split = base + warp;
+            const bool stays = split + W < job.last;
+            const unsigned then = stays ? split + W : next.first + warp;
+            const bool asks = !is_asked && (stays || (next.heads && then < next.last));
+            const unsigned length = stays ? job.length : next.length;
+            uint2 places = make_uint2(0, 0);
+            if (asks)
+                places = find_places(stays ? job.table : next.table, stays ? job.kvhead : next.kvhead, length, then);
+            WarpPartial<DIM> part;
+            if (split < job.last) {
+                cp_async_commit();
+                cp_async_wait<0>();
+                __syncwarp();
+                note(a.trace, LLA_BLOCK_STAGED);
+                part = attend_warp<T, DIM>(keys, values, q, lane, (int)min(job.length - split * SPLIT, (unsigned)SPLIT),
+                                           scale);
+                __syncwarp();
+            }
+            if (asks) request(places, length - then * SPLIT, 0, SPLIT);
+            is_asked = is_asked || (asks && !stays);
+
+            rows_barrier<W>(); /* nobody reads the results before */
+            if (split < job.last) {
+                SplitResult<DIM> &to = s.result[warp];
+                const unsigned g = lane / 4, t2 = lane % 4 * 2;
+#pragma unroll
+                for (unsigned h = 0; h < 2; h++) {
+#pragma unroll
+                    for (unsigned d = 0; d < DIM / 16; d++) {
+                        to.o[t2 + h][16 * d + g] = part.o[d][h];
+                        to.o[t2 + h][16 * d + g + 8] = part.o[d][h + 2];
+                    }
+                    if (g == 0) {
+                        to.m[t2 + h] = part.m[h];
+                        to.l[t2 + h] = part.l[h];
+                    }
+                }
+            }
+            rows_barrier<W>();
+            const unsigned count = min(job.last - base, (unsigned)W);
+            for (unsigned i = 0; i < count; i++)
+#pragma unroll
+                for (unsigned j = 0; j < PER; j++) {
+                    const unsigned pair = threadIdx.x + j * (32 * W), head = pair / PAIRS, d = pair % PAIRS * 2;
+                    if (head >= job.heads) continue;
+                    const SplitResult<DIM> &r = s.result[i];
+                    const float2 o = *reinterpret_cast<const float2 *>(&r.o[head][d]);
+                    if (job.first == 0) {
+                        merged[j].take(o, r.m[head], r.l[head], base + i == 0);
+                    } else {
+                        float *to = a.partial + ((job.slot + base + i) * a.nhead + job.head0 + head) * (DIM + 2);
+                        *reinterpret_cast<float2 *>(to + d) = o;
+                        if (d == 0) *reinterpret_cast<float2 *>(to + DIM) = make_float2(r.m[head], r.l[head]);
+                    }
+                }
+        }
+
+#pragma unroll
+        for (unsigned j = 0; j < PER; j++) {
+            const unsigned pair = threadIdx.x + j * (32 * W), head = pair / PAIRS, d = pair % PAIRS * 2;
+            if (head >= job.heads || job.first) continue;
+            const Merged &sum = merged[j];
+            if (job.runs == 1) {
+                T *out = (T *)a.out + ((size_t)job.row * a.nhead + job.head0 + head) * DIM + d;
+                *reinterpret_cast<uint32_t *>(out) = pack_pair<T>(sum.o.x / sum.l, sum.o.y / sum.l);
+            } else {
+                float *to = a.partial + ((size_t)job.slot * a.nhead + job.head0 + head) * (DIM + 2);
+                *reinterpret_cast<float2 *>(to + d) = sum.o;
+                if (d == 0) *reinterpret_cast<float2 *>(to + DIM) = make_float2(sum.m, sum.l);
+            }
+        }
+        if (job.runs > 1) {
+            int32_t *arrived = &a.arrived[(size_t)job.row * a.nkvhead + job.kvhead];
+            __threadfence();
+            rows_barrier<W>();
+            if (threadIdx.x == 0) {
+                s.is_last = atomicAdd(arrived, 1) == (int32_t)(job.runs * jobs.chunks) - 1;
+                if (s.is_last) *arrived = 0;
+            }
+            rows_barrier<W>();
+            __threadfence();
+            if (s.is_last) {
+                const unsigned splits = (job.length - 1) / SPLIT + 1;
+                const size_t stride = a.nhead * (DIM + 2);
+                for (unsigned pair = threadIdx.x; pair < jobs.group * PAIRS; pair += 32 * W) {
+                    const unsigned d = pair % PAIRS * 2, head = job.kvhead * jobs.group + pair / PAIRS;
+                    const float *at = a.partial + ((size_t)job.slot * a.nhead + head) * (DIM + 2);
+                    const auto load = [&] {
+                        const float2 ml = __ldcg(reinterpret_cast<const float2 *>(at + DIM));
+                        return Merged{__ldcg(reinterpret_cast<const float2 *>(at + d)), ml.x, ml.y};
+                    };
+                    Merged sum = load();
+                    unsigned split = splits / job.runs; /* the second run's first */
+                    at += split * stride;
+                    constexpr unsigned AHEAD = 8;
+                    for (; split + AHEAD <= splits; split += AHEAD) {
+                        Merged some[AHEAD];
+#pragma unroll
+                        for (unsigned i = 0; i < AHEAD; i++, at += stride) some[i] = load();
+#pragma unroll
+                        for (unsigned i = 0; i < AHEAD; i++) sum.take(some[i].o, some[i].m, some[i].l, false);
+                    }
+                    for (; split < splits; split++, at += stride) {
+                        const Merged one = load();
+                        sum.take(one.o, one.m, one.l, false);
+                    }
+                    *reinterpret_cast<uint32_t *>((T *)a.out + ((size_t)job.row * a.nhead + head) * DIM + d) =
+                        pack_pair<T>(sum.o.x / sum.l, sum.o.y / sum.l);
+                }
+            }
+        }
+        job = next;
+    }
+    note(a.trace, LLA_BLOCK_ENDED);
+}
+
+} // namespace
+
+#endif
