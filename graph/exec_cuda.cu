@@ -21,9 +21,14 @@ struct lla_exec_cuda {
     lla_cuda_ctx ctx;
     int device_id;
     cudaStream_t stream;
-    char *mirror;               /* pinned: the step region's inputs and the chosen tokens */
-    size_t inputs, input_bytes; /* the inputs' offset in the arena, and their size */
-    char *staging;              /* device: rows of a weight on their way into packed form */
+    char *mirrors[2];           /* pinned: the step region, from its header to its results */
+    size_t inputs, input_bytes; /* the offset in the arena of what every step brings, and its size */
+    struct {
+        cudaEvent_t begun, ended; /* around the program */
+        cudaEvent_t back;         /* the results are in the mirror */
+    } events[2];
+    size_t latest; /* the mirror of the step launched last */
+    char *staging; /* device: rows of a weight on their way into packed form */
     cudaGraphExec_t graphs[64];
     size_t ngraph;
 };
@@ -54,11 +59,17 @@ static lla_status create(lla_exec_cuda *exec) {
     CUDA_TRY(cudaMalloc((void **)&exec->ctx.arena, g->plan.total));
     CUDA_TRY(cudaMemsetAsync(exec->ctx.arena, 0, g->plan.total, exec->stream));
 
-    /* step inputs lie together, from the header to the sampling parameters, with the chosen tokens behind */
+    /* from the header to the sampling parameters; biases, masks and results lie behind */
     exec->inputs = g->io.header;
-    exec->input_bytes = g->offset[LLA_B_NEXT] - g->io.header;
-    CUDA_TRY(cudaMallocHost((void **)&exec->mirror, exec->input_bytes + g->dims.max_seqs * sizeof(int32_t)));
-    memset(exec->mirror, 0, exec->input_bytes + g->dims.max_seqs * sizeof(int32_t));
+    exec->input_bytes = g->io.bias - g->io.header;
+    const size_t mirror_bytes = g->io.arrived - g->io.header;
+    for (int i = 0; i < 2; i++) {
+        CUDA_TRY(cudaMallocHost((void **)&exec->mirrors[i], mirror_bytes));
+        memset(exec->mirrors[i], 0, mirror_bytes);
+        CUDA_TRY(cudaEventCreate(&exec->events[i].begun));
+        CUDA_TRY(cudaEventCreate(&exec->events[i].ended));
+        CUDA_TRY(cudaEventCreateWithFlags(&exec->events[i].back, cudaEventDisableTiming));
+    }
 
     exec->ctx.dims = g->dims;
     exec->ctx.io = g->io;
@@ -102,7 +113,12 @@ void lla_exec_cuda_destroy(lla_exec_cuda *exec) {
     for (size_t i = 0; i < exec->ngraph; i++) cudaGraphExecDestroy(exec->graphs[i]);
     cudaFree(exec->staging);
     cudaFree(exec->ctx.arena);
-    cudaFreeHost(exec->mirror);
+    for (int i = 0; i < 2; i++) {
+        cudaFreeHost(exec->mirrors[i]);
+        if (exec->events[i].begun) cudaEventDestroy(exec->events[i].begun);
+        if (exec->events[i].ended) cudaEventDestroy(exec->events[i].ended);
+        if (exec->events[i].back) cudaEventDestroy(exec->events[i].back);
+    }
     if (exec->stream) cudaStreamDestroy(exec->stream);
     free(exec);
 }
@@ -172,19 +188,23 @@ lla_status lla_exec_cuda_nodes(lla_exec_cuda *exec, const lla_program *program, 
     return LLA_OK;
 }
 
-static lla_status record(lla_exec_cuda *exec, const lla_program *program, unsigned skip) {
-    CUDA_TRY(cudaMemcpyAsync(exec->ctx.arena + exec->inputs, exec->mirror, exec->input_bytes, cudaMemcpyHostToDevice,
-                             exec->stream));
-    LLA_TRY(issue(exec, program, 0, program->nnode, exec->ctx.pdl, skip));
-    CUDA_TRY(cudaMemcpyAsync(exec->mirror + exec->input_bytes, exec->ctx.arena + exec->ctx.io.next,
-                             program->logits * sizeof(int32_t), cudaMemcpyDeviceToHost, exec->stream));
+/* Copies part of the step region to the device, or back. */
+static lla_status bring(lla_exec_cuda *exec, size_t mirror, size_t offset, size_t nbytes) {
+    CUDA_TRY(cudaMemcpyAsync(exec->ctx.arena + offset, exec->mirrors[mirror] + (offset - exec->inputs), nbytes,
+                             cudaMemcpyHostToDevice, exec->stream));
+    return LLA_OK;
+}
+
+static lla_status bring_back(lla_exec_cuda *exec, size_t mirror, size_t offset, size_t nbytes) {
+    CUDA_TRY(cudaMemcpyAsync(exec->mirrors[mirror] + (offset - exec->inputs), exec->ctx.arena + offset, nbytes,
+                             cudaMemcpyDeviceToHost, exec->stream));
     return LLA_OK;
 }
 
 static lla_status capture(lla_exec_cuda *exec, const lla_program *program, unsigned skip, cudaGraphExec_t *out) {
     cudaGraph_t graph = NULL;
     CUDA_TRY(cudaStreamBeginCapture(exec->stream, cudaStreamCaptureModeThreadLocal));
-    const lla_status status = record(exec, program, skip);
+    const lla_status status = issue(exec, program, 0, program->nnode, exec->ctx.pdl, skip);
     const cudaError_t ended = cudaStreamEndCapture(exec->stream, &graph);
     if (status) {
         cudaGraphDestroy(graph);
@@ -214,14 +234,33 @@ char *lla_exec_cuda_arena(lla_exec_cuda *exec) {
     return exec->ctx.arena;
 }
 
-char *lla_exec_cuda_inputs(lla_exec_cuda *exec) {
-    return exec->mirror - exec->inputs;
+char *lla_exec_cuda_inputs(lla_exec_cuda *exec, size_t mirror) {
+    return exec->mirrors[mirror] - exec->inputs;
 }
 
-lla_status lla_exec_cuda_run(lla_exec_cuda *exec, size_t program) {
+lla_status lla_exec_cuda_launch(lla_exec_cuda *exec, const lla_cuda_step *step) {
     LLA_TRY(use(exec));
-    CUDA_TRY(cudaGraphLaunch(exec->graphs[program], exec->stream));
-    CUDA_TRY(cudaStreamSynchronize(exec->stream));
+    const lla_io *io = &exec->ctx.io;
+    const size_t m = step->mirror, mask_bytes = (exec->ctx.dims.vocab + 31) / 32 * sizeof(uint32_t);
+    LLA_TRY(bring(exec, m, exec->inputs, exec->input_bytes));
+    if (step->nbias) LLA_TRY(bring(exec, m, io->bias, step->nbias * sizeof(lla_bias)));
+    if (step->nmask) LLA_TRY(bring(exec, m, io->mask, step->nmask * mask_bytes));
+    CUDA_TRY(cudaEventRecord(exec->events[m].begun, exec->stream));
+    CUDA_TRY(cudaGraphLaunch(exec->graphs[step->program], exec->stream));
+    CUDA_TRY(cudaEventRecord(exec->events[m].ended, exec->stream));
+    if (step->nlogit) LLA_TRY(bring_back(exec, m, io->next, step->nlogit * sizeof(int32_t)));
+    if (step->wants_odds) LLA_TRY(bring_back(exec, m, io->odds, step->nlogit * sizeof(lla_odds)));
+    CUDA_TRY(cudaEventRecord(exec->events[m].back, exec->stream));
+    exec->latest = m;
+    return LLA_OK;
+}
+
+lla_status lla_exec_cuda_wait(lla_exec_cuda *exec, size_t mirror, double *seconds) {
+    LLA_TRY(use(exec));
+    float ms;
+    CUDA_TRY(cudaEventSynchronize(exec->events[mirror].back));
+    CUDA_TRY(cudaEventElapsedTime(&ms, exec->events[mirror].begun, exec->events[mirror].ended));
+    *seconds += 1e-3 * (double)ms;
     return LLA_OK;
 }
 
@@ -274,7 +313,16 @@ lla_status lla_exec_cuda_time(lla_exec_cuda *exec, const lla_program *program, u
     LLA_TRY(use(exec));
     cudaGraphExec_t graph;
     LLA_TRY(capture(exec, program, skip, &graph));
-    const lla_status status = time_each(exec, count, ms, [&] { return cudaGraphLaunch(graph, exec->stream); });
+    const size_t inputs = exec->inputs, next = exec->ctx.io.next;
+    char *mirror = exec->mirrors[exec->latest];
+    const lla_status status = time_each(exec, count, ms, [&] {
+        cudaError_t e =
+            cudaMemcpyAsync(exec->ctx.arena + inputs, mirror, exec->input_bytes, cudaMemcpyHostToDevice, exec->stream);
+        if (e == cudaSuccess) e = cudaGraphLaunch(graph, exec->stream);
+        if (e != cudaSuccess) return e;
+        return cudaMemcpyAsync(mirror + (next - inputs), exec->ctx.arena + next, program->logits * sizeof(int32_t),
+                               cudaMemcpyDeviceToHost, exec->stream);
+    });
     cudaGraphExecDestroy(graph);
     return status;
 }

@@ -13,7 +13,8 @@
 extern "C" {
 #endif
 
-/* Buffers of the step. Weights are not among them: nodes name those by offset. */
+/* Buffers of the step. Weights are not among them: nodes name those by offset. What the host writes for a step lies
+ * from the header on in this order, and what it reads behind that. */
 enum lla_buf {
     LLA_B_HEADER,
     LLA_B_TOKENS,
@@ -22,9 +23,13 @@ enum lla_buf {
     LLA_B_BLOCK_TABLE,
     LLA_B_LOGIT_ROWS,
     LLA_B_SAMPLING,
+    LLA_B_BIAS,
+    LLA_B_MASK,
     LLA_B_NEXT,
+    LLA_B_ODDS,
     LLA_B_ARRIVED,
     LLA_B_ROPE,
+    LLA_B_KV_TOKENS,
     LLA_B_K_CACHE,
     LLA_B_V_CACHE,
     LLA_B_X,
