@@ -11,9 +11,10 @@ _Static_assert(LLA_B_COUNT <= 32, "bit sets of buffers are 32 bits wide");
 
 /* In the order of enum lla_buf. */
 static const char *const buffer_names[LLA_B_COUNT] = {
-    "header", "tokens", "positions", "row_seq",  "block_table", "logit_rows", "sampling",    "bias",   "mask",
-    "next",   "odds",   "arrived",   "rope",     "kv_tokens",   "k_cache",    "v_cache",     "x",      "attn_normed",
-    "qkv",    "q",      "partial",   "attn_out", "mlp_normed",  "act",        "head_normed", "logits", "candidates"};
+    "header",    "tokens",   "positions",  "row_seq", "block_table", "logit_rows", "sampling",
+    "bias",      "mask",     "next",       "odds",    "twin",        "arrived",    "rope",
+    "kv_tokens", "k_cache",  "v_cache",    "x",       "attn_normed", "qkv",        "q",
+    "partial",   "attn_out", "mlp_normed", "act",     "head_normed", "logits",     "candidates"};
 
 struct builder {
     const struct lla_graph *graph;
@@ -50,6 +51,9 @@ static void declare_all(const struct lla_plan *p, const struct lla_dims *d, stru
     declare(b, LLA_B_MASK, LLA_R_STEP, is_cpu ? 1 : seqs, is_cpu ? 1 : (d->vocab + 31) / 32, 4, "u32");
     declare(b, LLA_B_NEXT, LLA_R_STEP, seqs, 1, 4, "i32");
     declare(b, LLA_B_ODDS, LLA_R_STEP, is_cpu ? 1 : seqs, 1, sizeof(struct lla_odds), "odds");
+    size_t twin = 0;
+    for (int id = LLA_B_HEADER; id <= LLA_B_ODDS; id++) twin += (b[id].nbytes + LLA_ALIGN - 1) / LLA_ALIGN * LLA_ALIGN;
+    declare(b, LLA_B_TWIN, LLA_R_STEP, 1, 1, is_cpu ? 1 : twin, "header to odds again");
     declare(b, LLA_B_ARRIVED, LLA_R_STEP, rows, d->nkvhead, 4, "i32");
     declare(b, LLA_B_ROPE, LLA_R_TABLE, p->limits.max_seq, d->head_dim, e, type);
 
@@ -90,7 +94,7 @@ static void embed(struct builder *b) {
     node(b, (struct lla_node){.op = LLA_OP_EMBED,
                               .name = "embed",
                               .reads = BIT(HEADER) | BIT(TOKENS) | BIT(POSITIONS) | BIT(ROW_SEQ) | BIT(BLOCK_TABLE) |
-                                       BIT(NEXT),
+                                       BIT(NEXT) | BIT(TWIN),
                               .writes = BIT(X) | BIT(KV_TOKENS),
                               .embed = {.weight = w(b, LLA_W_EMBED, 0), .x = b->graph->offset[LLA_B_X]}});
 }
@@ -247,6 +251,7 @@ lla_status lla_graph_make(const struct lla_spec *spec, const struct lla_limits *
     for (int id = 0; id < LLA_B_COUNT; id++) graph->offset[id] = buffers[id].offset;
     graph->kv_layer_stride = buffers[LLA_B_K_CACHE].nbytes / spec->nlayer;
     const size_t *at = graph->offset;
+    graph->twin = resolved.device == LLAISYS_DEVICE_CPU ? 0 : at[LLA_B_TWIN] - at[LLA_B_HEADER];
     graph->io = (struct lla_io){.header = at[LLA_B_HEADER],
                                 .tokens = at[LLA_B_TOKENS],
                                 .positions = at[LLA_B_POSITIONS],
@@ -258,6 +263,7 @@ lla_status lla_graph_make(const struct lla_spec *spec, const struct lla_limits *
                                 .mask = at[LLA_B_MASK],
                                 .next = at[LLA_B_NEXT],
                                 .odds = at[LLA_B_ODDS],
+                                .fed = at[LLA_B_NEXT] + graph->twin,
                                 .arrived = at[LLA_B_ARRIVED],
                                 .kv_tokens = at[LLA_B_KV_TOKENS]};
     return LLA_OK;

@@ -94,11 +94,12 @@ struct lla_io {
     size_t mask;        /* u32 [max_seqs, ceil(vocab / 32)]: those of masked rows, as struct lla_draw; on a GPU */
     size_t next;        /* i32 [max_seqs]: the chosen tokens, out */
     size_t odds;        /* struct lla_odds [max_seqs], out; on a GPU */
+    size_t fed;         /* i32 [max_seqs]: `next` of the step before */
     size_t arrived;     /* i32 [max_rows, nkvhead]: counters of the GPU's attention, zero between steps */
     size_t kv_tokens;   /* i32 [nblock, kv_block]: the tokens of which the KV blocks hold keys and values */
 };
 
-/* x [R, hidden] = rows `tokens` of weight [vocab, hidden], where ~i stands for next[i] of the step before. Each token
+/* x [R, hidden] = rows `tokens` of weight [vocab, hidden], where ~i stands for fed[i]. Each token
  * is noted in kv_tokens, at its place in the KV blocks. */
 struct lla_embed_args {
     size_t weight, x;
@@ -226,7 +227,8 @@ enum { LLA_WEIGHT_BITS = 40 };
  * logit is NaN or the largest infinite.
  *
  * Sums are of integers: they have no order, so that neither the instruction set nor, on a GPU, the blocks that share a
- * row change a token. From the same logits a GPU's sample node draws the same token. */
+ * row change a token. From the same logits a GPU's sample node draws the same token and finds the same
+ * log-probabilities, but that the tokens beside NaN may be others. */
 struct lla_draw {
     llaisysDataType_t dtype;
     size_t n;

@@ -27,14 +27,14 @@ static size_t element(const struct lla_ctx *ctx) {
 void lla_cpu_embed(const struct lla_ctx *ctx, const struct lla_embed_args *args, struct lla_team team) {
     const size_t row_bytes = ctx->dims->hidden * element(ctx);
     const struct lla_dims *d = ctx->dims;
-    const int32_t *tokens = ints(ctx, ctx->io->tokens), *chosen = ints(ctx, ctx->io->next);
+    const int32_t *tokens = ints(ctx, ctx->io->tokens), *fed = ints(ctx, ctx->io->fed);
     const int32_t *positions = ints(ctx, ctx->io->positions), *row_seq = ints(ctx, ctx->io->row_seq);
     const int32_t *table = ints(ctx, ctx->io->block_table);
     int32_t *kv_tokens = (int32_t *)(ctx->arena + ctx->io->kv_tokens);
     size_t lo, hi;
     lla_share((size_t)header(ctx)->nrow, 1, team, &lo, &hi);
     for (size_t r = lo; r < hi; r++) {
-        const int32_t token = tokens[r] < 0 ? chosen[~tokens[r]] : tokens[r];
+        const int32_t token = tokens[r] < 0 ? fed[~tokens[r]] : tokens[r];
         const size_t position = (size_t)positions[r];
         const size_t block = (size_t)table[(size_t)row_seq[r] * d->max_blocks + position / d->kv_block];
         memcpy(ctx->arena + args->x + r * row_bytes, ctx->arena + args->weight + (size_t)token * row_bytes, row_bytes);

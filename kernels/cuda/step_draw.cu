@@ -67,7 +67,9 @@ template <class T> struct row_view {
                 read(logits + i, v);
             }
         } else {
-            for (int e = 0; e < count; e++) v[e] = adjusted ? adjusted[i + e] : to_float<T>(logits[i + e]);
+#pragma unroll
+            for (int e = 0; e < UNIT; e++)
+                v[e] = e >= count ? -INFINITY : adjusted ? adjusted[i + e] : to_float<T>(logits[i + e]);
         }
         if (mask) {
             const uint32_t allowed = allowed_at(i);
@@ -352,10 +354,9 @@ template <class T> __device__ uint64_t lay_out(shared &s, const row_view<T> &row
         const int count = row.load(i, v);
 #pragma unroll
         for (int e = 0; e < UNIT; e++) {
-            if (e >= count) break;
             const uint32_t key = key_of(v[e]);
-            if (l.is_above(key)) sum += m.of(l, v[e]);
-            ties += l.is_tie(key);
+            if (e < count && l.is_above(key)) sum += m.of(l, v[e]);
+            ties += e < count && l.is_tie(key);
         }
     }
     sum = sum_warp(sum);
@@ -389,21 +390,29 @@ __device__ void each_member(shared &s, const row_view<T> &row, const list &l, co
     for (size_t base = row.first; base < row.last; base += STRETCH) { /* the whole warp together */
         const size_t i = base + (size_t)row.lane * UNIT;
         const int count = i < row.last ? row.load(i, v) : 0;
-        uint32_t ties = 0;
-        for (int e = 0; e < count; e++) ties += l.is_tie(key_of(v[e]));
+        uint32_t is_tie = 0, is_above = 0; /* bits */
+#pragma unroll
+        for (int e = 0; e < UNIT; e++) {
+            const uint32_t key = key_of(v[e]);
+            is_tie |= (uint32_t)(e < count && l.is_tie(key)) << e;
+            is_above |= (uint32_t)(e < count && l.is_above(key)) << e;
+        }
+        const uint32_t ties = __popc(is_tie);
         uint32_t ties_to = ties;
         for (int o = 1; o < 32; o *= 2) {
             const uint32_t other = __shfl_up_sync(~0u, ties_to, o);
             if (row.lane >= o) ties_to += other;
         }
-        const uint32_t before = ties_to - ties, mine = before < left ? left - before : 0;
-        uint64_t sum = 0;
-        uint32_t rest = mine;
-        for (int e = 0; e < count; e++) {
-            const uint32_t key = key_of(v[e]);
-            const bool is_kept_tie = l.is_tie(key) && rest;
+        const uint32_t before = ties_to - ties;
+        uint32_t rest = before < left ? left - before : 0, is_member = is_above;
+        uint64_t sum = 0, amount[UNIT];
+#pragma unroll
+        for (int e = 0; e < UNIT; e++) {
+            const bool is_kept_tie = is_tie >> e & 1 && rest;
             rest -= is_kept_tie;
-            if (is_kept_tie || l.is_above(key)) sum += m.of(l, v[e]);
+            is_member |= (uint32_t)is_kept_tie << e;
+            amount[e] = is_member >> e & 1 ? m.of(l, v[e]) : 0;
+            sum += amount[e];
         }
         uint64_t to = sum;
         for (int o = 1; o < 32; o *= 2) {
@@ -411,15 +420,10 @@ __device__ void each_member(shared &s, const row_view<T> &row, const list &l, co
             if (row.lane >= o) to += other;
         }
         uint64_t place = begin + to - sum;
-        rest = mine;
-        for (int e = 0; e < count; e++) {
-            const uint32_t key = key_of(v[e]);
-            const bool is_kept_tie = l.is_tie(key) && rest;
-            rest -= is_kept_tie;
-            if (!is_kept_tie && !l.is_above(key)) continue;
-            const uint64_t amount = m.of(l, v[e]);
-            f((int32_t)i + e, v[e], place, amount);
-            place += amount;
+#pragma unroll
+        for (int e = 0; e < UNIT; e++) {
+            if (is_member >> e & 1) f((int32_t)i + e, v[e], place, amount[e]);
+            place += amount[e];
         }
         begin += __shfl_sync(~0u, to, 31);
         const uint32_t all = __shfl_sync(~0u, ties_to, 31);
@@ -445,7 +449,9 @@ __device__ void adjust(const draw_inputs &in, const row_view<T> &row, size_t r, 
     float v[UNIT];
     for (size_t i = row.first + (size_t)row.lane * UNIT; i < row.last; i += STRETCH) {
         const int n = row.load(i, v);
-        for (int e = 0; e < n; e++) value[i + e] = v[e];
+#pragma unroll
+        for (int e = 0; e < UNIT; e++)
+            if (e < n) value[i + e] = v[e];
     }
     const size_t stretch = ((row.n + row.nblock * DRAW_WARPS - 1) / (row.nblock * DRAW_WARPS) + STRETCH - 1) / STRETCH *
                            STRETCH,

@@ -5,7 +5,7 @@ namespace {
 
 struct embed_inputs {
     const lla_step_header *header;
-    const int32_t *tokens, *chosen, *positions, *row_seq, *table;
+    const int32_t *tokens, *fed, *positions, *row_seq, *table;
     size_t max_blocks, kv_block;
 };
 
@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(THREADS)
     pdl_wait();
     const size_t row = blockIdx.x, ktiles = tiles_of(hidden);
     if (row >= (size_t)in.header->nrow) return;
-    const int32_t given = in.tokens[row], token = given < 0 ? in.chosen[~given] : given;
+    const int32_t given = in.tokens[row], token = given < 0 ? in.fed[~given] : given;
     for (size_t i = threadIdx.x; i < hidden; i += THREADS)
         x[row * hidden + i] = weight[packed_index((size_t)token, i, ktiles, 0)];
     if (threadIdx.x == 0) {
@@ -113,7 +113,7 @@ lla_status lla_cuda_embed(const lla_cuda_ctx *ctx, const lla_embed_args *args) {
     const lla_io *io = &ctx->io;
     const embed_inputs in = {.header = (const lla_step_header *)(arena + io->header),
                              .tokens = (const int32_t *)(arena + io->tokens),
-                             .chosen = (const int32_t *)(arena + io->next),
+                             .fed = (const int32_t *)(arena + io->fed),
                              .positions = (const int32_t *)(arena + io->positions),
                              .row_seq = (const int32_t *)(arena + io->row_seq),
                              .table = (const int32_t *)(arena + io->block_table),

@@ -155,7 +155,7 @@ static void compare(struct pair *p, const struct sequence *seqs, size_t nseq, do
     header[0] = (int32_t)rows;
     header[1] = (int32_t)nseq;
     lla_exec_cuda_write(p->gpu.cuda, g->io.header, g->io.bias - g->io.header, p->cpu.arena + c->io.header);
-    lla_exec_cuda_write(p->gpu.cuda, g->io.next, d->max_seqs * sizeof *chosen, chosen);
+    lla_exec_cuda_write(p->gpu.cuda, g->io.fed, d->max_seqs * sizeof *chosen, chosen);
     const size_t noted = c->plan.nblock * d->kv_block * sizeof(int32_t);
     int32_t *kv_tokens = malloc(noted);
     memset(p->cpu.arena + c->io.kv_tokens, 0xff, noted);
