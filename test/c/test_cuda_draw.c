@@ -1,6 +1,8 @@
 /* The GPU's sample node against lla_cpu_draw: from the same logits the same token and the same log-probabilities, to
  * the bit, whatever a row asks for and whatever stands beside it. (Where a logit is NaN, all log-probabilities are, and
- * which tokens they name is left open but for the first.) Skips without a GPU. */
+ * which tokens they name is left open but for the first.) Skips without a GPU.
+ *
+ * `test_cuda_draw bench` prints what draws from a vocabulary of 151,936 cost. */
 #include "../../engine/device.h"
 #include "../../engine/runner.h"
 #include "../../graph/exec_cuda.h"
@@ -10,7 +12,7 @@
 #include <math.h>
 #include <stdlib.h>
 
-enum { ROWS = 16, MAX_SEQ = 320, BLOCK = 16 };
+enum { ROWS = 16, MAX_ROWS = 160, MAX_SEQ = 320, BLOCK = 16 };
 
 static void need_gpu(void) {
     if (lla_device_get(LLAISYS_DEVICE_NVIDIA)->count() > 0) return;
@@ -151,18 +153,23 @@ static void check_row(size_t i, const char *logits, struct lla_candidate *scratc
                (double)expected[j].value);
 }
 
-static void check_vocab(llaisysDataType_t dtype, size_t vocab, size_t rounds, uint64_t seed) {
+/* A model that is little but its vocabulary. */
+static bool open_vocab(llaisysDataType_t dtype, size_t vocab, size_t max_seqs) {
     const struct lla_spec spec = {dtype, 1, 16, 1, 1, 16, 16, vocab, 4096, false, 1e-6f, 1e4, {0}, 0};
     const struct lla_limits limits = {.device = LLAISYS_DEVICE_NVIDIA,
                                       .max_seq = MAX_SEQ,
-                                      .max_seqs = ROWS,
+                                      .max_seqs = max_seqs,
                                       .kv_tokens = ROWS * MAX_SEQ,
                                       .kv_block = BLOCK,
-                                      .prefill_chunk = ROWS};
+                                      .prefill_chunk = max_seqs};
     const lla_status status = lla_runner_create(&spec, &limits, (struct lla_shard){0, 1}, 0, 1, &gpu);
     if (status) printf("  %s\n", lla_last_error());
     CHECK_INT(status, LLA_OK);
-    if (status) return;
+    return !status;
+}
+
+static void check_vocab(llaisysDataType_t dtype, size_t vocab, size_t rounds, uint64_t seed) {
+    if (!open_vocab(dtype, vocab, MAX_ROWS)) return;
     const size_t row_bytes = vocab * lla_dtype_size(dtype), words = (vocab + 31) / 32;
     char *logits = malloc(ROWS * row_bytes);
     uint32_t *masks = malloc(ROWS * words * sizeof *masks);
@@ -189,6 +196,7 @@ static void check_vocab(llaisysDataType_t dtype, size_t vocab, size_t rounds, ui
         put_rows(&rng, nrow, nmask, masks);
         put(gpu.graph.offset[LLA_B_LOGITS], logits, nrow * row_bytes);
         while (gpu.programs[bucket].logits < nrow) bucket++;
+        bucket += rng_below(&rng, gpu.nprogram - bucket); /* more blocks share a row where there are few */
         const struct lla_program *p = &gpu.programs[bucket];
         CHECK_INT(p->nodes[p->nnode - 1].op, LLA_OP_SAMPLE);
         const lla_status ran = lla_exec_cuda_nodes(gpu.cuda, p, p->nnode - 1, p->nnode);
@@ -223,4 +231,55 @@ TEST(draws_from_a_large_vocabulary) {
     check_vocab(LLAISYS_DTYPE_F32, 151669, 5, 8);
 }
 
-RUN_TESTS()
+/* ---- what it costs ---- */
+
+static int bench(void) {
+    enum { VOCAB = 151936, MOST = 256 };
+    static const struct {
+        const char *name;
+        struct lla_sampling_row how;
+    } cases[] = {{"greedy", {0}},
+                 {"temperature 1", {.temperature = 1, .top_p = 1}},
+                 {"temperature 1, top_k 50", {.temperature = 1, .top_p = 1, .top_k = 50}},
+                 {"temperature 1, top_p 0.9", {.temperature = 1, .top_p = 0.9f}},
+                 {"temperature 0.6, top_p 0.95", {.temperature = 0.6f, .top_p = 0.95f}},
+                 {"the same, top_k 20, min_p 0.05", {.temperature = 0.6f, .top_p = 0.95f, .top_k = 20, .min_p = 0.05f}},
+                 {"greedy, with a penalty over 300 tokens", {.repetition = 1.1f, .position = 299}},
+                 {"greedy, 20 log-probabilities", {.nlogprob = 21}}};
+    need_gpu();
+    if (!open_vocab(LLAISYS_DTYPE_BF16, VOCAB, MOST)) return 1;
+    struct rng rng = {2};
+    uint16_t *row = malloc(VOCAB * sizeof *row);
+    for (size_t i = 0; i < VOCAB; i++) row[i] = lla_f32_to_bf16(3 * rng_normal(&rng));
+    for (size_t r = 0; r < MOST; r++)
+        put(gpu.graph.offset[LLA_B_LOGITS] + r * VOCAB * sizeof *row, row, VOCAB * sizeof *row);
+    printf("us of the sample node and the step's copies, median of 200, vocabulary %d, bf16\n%-40s", VOCAB, "rows");
+    char *inputs = lla_exec_cuda_inputs(gpu.cuda, 0);
+    for (size_t many = 1; many <= MOST; many *= 4) printf("%8zu", many);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        printf("\n%-40s", cases[i].name);
+        for (size_t many = 1; many <= MOST; many *= 4) {
+            *(struct lla_step_header *)(inputs + gpu.graph.io.header) =
+                (struct lla_step_header){(int32_t)many, (int32_t)many};
+            for (size_t r = 0; r < many; r++) {
+                struct lla_sampling_row how = cases[i].how;
+                how.seed = r;
+                memcpy(inputs + gpu.graph.io.sampling + r * sizeof how, &how, sizeof how);
+            }
+            double ms[3];
+            size_t bucket = 0;
+            while (gpu.programs[bucket].logits < many) bucket++;
+            if (lla_exec_cuda_time(gpu.cuda, &gpu.programs[bucket], ~(1u << LLA_OP_SAMPLE), 200, ms)) return 1;
+            printf("%8.1f", 1e3 * ms[0]);
+        }
+    }
+    printf("\n");
+    free(row);
+    lla_runner_destroy(&gpu);
+    return 0;
+}
+
+int main(int argc, char **argv) {
+    if (argc > 1 && !strcmp(argv[1], "bench")) return bench();
+    return harness_main(argc > 1 ? argv[1] : NULL);
+}
