@@ -115,12 +115,15 @@ __device__ __forceinline__ float value_of(uint32_t key) {
     return __uint_as_float(key >> 31 ? key ^ 0x80000000u : ~key);
 }
 
-/* Each operation rounded by itself: nothing may be fused. */
+/* Each operation rounded by itself: nothing may be fused. What draw.c converts to integers is read off the bits here,
+ * since conversions are slow: adding 1.5 2^23 leaves a whole number in the lowest ones, rounded up, which for a
+ * negative number is towards zero; and p 2^24, with p from 0.7 to 1.42, is p's significand, shifted. */
 __device__ __forceinline__ uint64_t weigh(const list &l, float value) {
     const float t = __fmul_rn(__fsub_rn(value, l.max), l.scale);
     const float power = t > -60.0f ? t : -60.0f;
-    const int32_t k = __float2int_rz(__fsub_rn(power, 0.5f));
-    const float x = __fmul_rn(__fsub_rn(power, (float)k), 0.69314718f);
+    const float whole = 12582912.0f, up = __fadd_ru(__fsub_rn(power, 0.5f), whole);
+    const int k = (int)(__float_as_uint(up) - __float_as_uint(whole));
+    const float x = __fmul_rn(__fsub_rn(power, __fsub_rn(up, whole)), 0.69314718f);
     float p = 1.0f / 5040;
     p = __fadd_rn(__fmul_rn(p, x), 1.0f / 720);
     p = __fadd_rn(__fmul_rn(p, x), 1.0f / 120);
@@ -129,7 +132,9 @@ __device__ __forceinline__ uint64_t weigh(const list &l, float value) {
     p = __fadd_rn(__fmul_rn(p, x), 0.5f);
     p = __fadd_rn(__fmul_rn(p, x), 1.0f);
     p = __fadd_rn(__fmul_rn(p, x), 1.0f);
-    return (uint64_t)(uint32_t)__float2int_rz(__fmul_rn(p, 0x1p24f)) << (LLA_WEIGHT_BITS - 24) >> (uint32_t)-k;
+    const uint32_t bits = __float_as_uint(p), significand = (bits & 0x7fffff) | 0x800000;
+    const int shift = (int)(bits >> 23) - 126 + (LLA_WEIGHT_BITS - 24) + k;
+    return shift >= 0 ? (uint64_t)significand << shift : significand >> (shift > -31 ? -shift : 31);
 }
 
 __device__ uint32_t philox(uint64_t seed, uint64_t counter) {
