@@ -632,7 +632,9 @@ lla_status lla_cuda_draw(const lla_cuda_ctx *ctx, const lla_sample_args *args) {
                             .kv_tokens = (const int32_t *)(arena + io->kv_tokens),
                             .max_blocks = ctx->dims.max_blocks,
                             .kv_block = ctx->dims.kv_block};
-    const unsigned cluster = has_wgmma(ctx) ? CLUSTER : 1;
+    /* two blocks an SM: fewer blocks a row where there are many rows, so that all are drawn at once */
+    unsigned cluster = has_wgmma(ctx) ? CLUSTER : 1;
+    while (cluster > 1 && cluster * ctx->logits > 2 * (size_t)ctx->sm_count) cluster /= 2;
     const size_t vocab = ctx->dims.vocab;
     LLA_CUDA_BY_DTYPE(ctx->dims.dtype,
                       return launch_clusters(ctx, "draw", draw_kernel<T>, dim3(cluster, (unsigned)ctx->logits),
