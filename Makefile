@@ -4,7 +4,7 @@ MODEL ?= models/refrain-mini
 LIB := bindings/llaisys/libllaisys/libllaisys.so
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: all demo test bench gpu-test lint format clean setup setup-dev lib
+.PHONY: all demo test bench gpu-test peers lint format clean setup setup-dev lib
 
 all: lib
 
@@ -32,6 +32,10 @@ bench: lib
 
 gpu-test: setup-dev lib
 	scripts/gpu_test.sh
+
+# The engine beside transformers and cuBLAS on one GPU; PEERS: options of profiles/peers.py.
+peers: setup-dev lib
+	$(PYTHON) profiles/peers.py $(PEERS)
 
 lint: setup-dev
 	scripts/lint.sh

@@ -20,7 +20,7 @@
 #include <unistd.h>
 
 struct options {
-    const char *model, *shape, *device;
+    const char *model, *shape, *device, *trace;
     size_t batch, context, tokens, repeat, chunk;
     int nthread;
     bool json, is_cuda, ablate;
@@ -38,6 +38,7 @@ struct report {
     struct sample prefill, decode; /* by the host's clock */
     struct sample device;          /* a decode step alone, by the GPU's */
     double prefill_flops, decode_bytes;
+    size_t free_before, free_after; /* the GPU's memory, before the first token and after the last */
     uint64_t hash;
 };
 
@@ -224,6 +225,13 @@ static lla_status measure_device(struct lla_runner *r, const struct options *o, 
     size_t bucket = 0;
     while (r->programs[bucket].rows < o->batch) bucket++;
     if (o->ablate) LLA_TRY(ablate(r, bucket, 200));
+    if (o->trace) {
+        FILE *out = fopen(o->trace, "w");
+        LLA_REQUIRE(out, LLA_EIO, "%s: cannot be written", o->trace);
+        const lla_status status = lla_exec_cuda_trace(r->cuda, &r->programs[bucket], out);
+        fclose(out);
+        LLA_TRY(status);
+    }
     LLA_TRY(lla_exec_cuda_time(r->cuda, &r->programs[bucket], 0, 200, ms));
     report->device = (struct sample){1e-3 * ms[0], 1e-3 * ms[1], 1e-3 * ms[2]};
     return lla_exec_cuda_read_ceiling(r->cuda, &report->read_gbs);
@@ -248,6 +256,9 @@ static lla_status measure(struct lla_runner *r, const struct options *o, struct 
     for (size_t i = 0; i < o->batch * d->max_blocks; i++) blocks[i] = (int32_t)i + 1;
 
     if (!o->is_cuda) report->peak_flops = peak_flops(d->dtype, r->crew);
+#ifdef LLA_CUDA
+    if (o->is_cuda) LLA_TRY_GOTO(status, lla_exec_cuda_available(0, &report->free_before), out);
+#endif
     for (size_t i = 0; i < o->repeat; i++) {
         const double start = now();
         LLA_TRY_GOTO(status, prefill(r, o, prompts, blocks, next), out);
@@ -285,7 +296,10 @@ static lla_status measure(struct lla_runner *r, const struct options *o, struct 
     }
     if (!o->is_cuda) report->read_gbs = 1e-9 * (double)read_bytes / summarize(reads, nread).median;
 #ifdef LLA_CUDA
-    if (o->is_cuda) LLA_TRY_GOTO(status, measure_device(r, o, report), out);
+    if (o->is_cuda) {
+        LLA_TRY_GOTO(status, lla_exec_cuda_available(0, &report->free_after), out);
+        LLA_TRY_GOTO(status, measure_device(r, o, report), out);
+    }
 #endif
     report->prefill = summarize(prefills, o->repeat);
     report->decode = summarize(decodes, o->tokens);
@@ -333,6 +347,9 @@ static void print_text(const struct options *o, const struct report *r, int nthr
         printf("replay    %8.1f tokens/s   %.3f ms (%.3f to %.3f)   %.1f GB/s, %.1f%% of the plain read\n",
                (double)o->batch / r->device.median, 1e3 * r->device.median, 1e3 * r->device.low, 1e3 * r->device.high,
                1e-9 * r->decode_bytes / r->device.median, 100e-9 * r->decode_bytes / r->device.median / r->read_gbs);
+    if (o->is_cuda)
+        printf("memory    %.3f GB of the GPU free before the first token, %+.3f MB by the last\n",
+               1e-9 * (double)r->free_before, 1e-6 * ((double)r->free_after - (double)r->free_before));
     printf("hash      %016llx of %zu tokens\n", (unsigned long long)r->hash, o->batch * o->tokens);
 }
 
@@ -356,6 +373,8 @@ static void print_json(const struct options *o, const struct report *r, int nthr
         printf(" \"replay\": {\"ms\": %.4f, \"ms_p10\": %.4f, \"ms_p90\": %.4f, \"percent_of_read\": %.2f},\n",
                1e3 * r->device.median, 1e3 * r->device.low, 1e3 * r->device.high,
                100e-9 * r->decode_bytes / r->device.median / r->read_gbs);
+    if (o->is_cuda)
+        printf(" \"device_free_bytes\": {\"before\": %zu, \"after\": %zu},\n", r->free_before, r->free_after);
     printf(" \"decode\": {\"tokens_per_s\": %.3f, \"ms\": %.4f, \"ms_p10\": %.4f, \"ms_p90\": %.4f, \"bytes\": %.0f, "
            "\"gbs\": %.3f, "
            "\"percent_of_read\": %.2f},\n",
@@ -370,16 +389,18 @@ static void usage(FILE *out) {
                  "  --model DIR      a model folder in transformers' format\n"
                  "  --shape NAME     random weights of a known shape instead:");
     bench_print_shapes(out);
-    fprintf(out, "\n                   (default: deepseek-r1-distill-qwen-1.5b)\n"
-                 "  --device NAME    cpu or nvidia (cpu)\n"
-                 "  --batch N        sequences decoded together (1)\n"
-                 "  --context N      tokens of each prompt (128)\n"
-                 "  --new N          tokens decoded for each sequence (64)\n"
-                 "  --repeat N       times that the prompts are prefilled (3)\n"
-                 "  --prefill-chunk N  rows of a prefill step (512, nvidia: 2048)\n"
-                 "  --threads N      CPU threads (all)\n"
-                 "  --ablate         nvidia: what each op costs, by leaving it out, and alone\n"
-                 "  --json           one JSON object instead of text\n");
+    fprintf(out,
+            "\n                   (default: deepseek-r1-distill-qwen-1.5b)\n"
+            "  --device NAME    cpu or nvidia (cpu)\n"
+            "  --batch N        sequences decoded together (1)\n"
+            "  --context N      tokens of each prompt (128)\n"
+            "  --new N          tokens decoded for each sequence (64)\n"
+            "  --repeat N       times that the prompts are prefilled (3)\n"
+            "  --prefill-chunk N  rows of a prefill step (512, nvidia: 2048)\n"
+            "  --threads N      CPU threads (all)\n"
+            "  --ablate         nvidia: what each op costs, by leaving it out, and alone\n"
+            "  --trace FILE     nvidia: when each block of a decode step's kernels ran, as CSV (meson's step_trace)\n"
+            "  --json           one JSON object instead of text\n");
 }
 
 /* The positive number behind option argv[*i]. */
@@ -406,13 +427,13 @@ static lla_status parse(int argc, char **argv, struct options *o) {
         struct {
             const char *name;
             const char **value;
-        } texts[] = {{"--model", &o->model}, {"--shape", &o->shape}, {"--device", &o->device}};
+        } texts[] = {{"--model", &o->model}, {"--shape", &o->shape}, {"--device", &o->device}, {"--trace", &o->trace}};
         size_t n = 0, t = 0;
         while (n < 6 && strcmp(a, numbers[n].name)) n++;
-        while (t < 3 && strcmp(a, texts[t].name)) t++;
+        while (t < 4 && strcmp(a, texts[t].name)) t++;
         if (n < 6) {
             LLA_TRY(number(argc, argv, &i, numbers[n].value));
-        } else if (t < 3) {
+        } else if (t < 4) {
             LLA_REQUIRE(i + 1 < argc, LLA_EINVAL, "%s needs a value", a);
             *texts[t].value = argv[++i];
         } else if (!strcmp(a, "--json")) {

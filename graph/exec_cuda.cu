@@ -37,6 +37,8 @@ struct lla_exec_cuda {
 
 enum { STAGING = 64 << 20 };
 
+static __global__ void read_kernel(const uint4 *p, size_t n, uint32_t *sink);
+
 static lla_status use(const lla_exec_cuda *exec) {
     CUDA_TRY(cudaSetDevice(exec->device_id));
     return LLA_OK;
@@ -91,7 +93,10 @@ static lla_status create(lla_exec_cuda *exec) {
     exec->ctx.sm_count = sms;
     exec->ctx.compute = 10 * major + minor;
     exec->ctx.max_smem = (size_t)smem;
-    exec->ctx.pdl = major >= 9;
+    /* what compute capability 9 has must be in the code, too: PTX for older GPUs that the driver compiled lacks it */
+    cudaFuncAttributes code;
+    CUDA_TRY(cudaFuncGetAttributes(&code, (const void *)read_kernel));
+    exec->ctx.pdl = major >= 9 && code.ptxVersion >= 90;
     exec->ctx.stream = exec->stream;
 
     const size_t rope_bytes = g->plan.limits.max_seq * g->dims.head_dim * lla_dtype_size(g->dims.dtype);
@@ -185,6 +190,7 @@ static lla_status issue(lla_exec_cuda *exec, const lla_program *program, size_t 
         const lla_node *node = &program->nodes[i];
         if (skip >> node->op & 1) continue;
         ctx.pdl = pdl && i > first; /* the first kernel follows a copy */
+        if (exec->ctx.trace) ctx.trace = exec->ctx.trace + i * LLA_TRACE_BLOCKS;
         switch (node->op) {
 #define X(NAME, suffix)                                                                                                \
     case LLA_OP_##NAME:                                                                                                \
@@ -350,6 +356,39 @@ lla_status lla_exec_cuda_time(lla_exec_cuda *exec, const lla_program *program, u
     });
     cudaGraphExecDestroy(graph);
     return status;
+}
+
+lla_status lla_exec_cuda_trace(lla_exec_cuda *exec, const lla_program *program, FILE *out) {
+#ifdef LLA_STEP_TRACE
+    LLA_TRY(use(exec));
+    const size_t n = program->nnode * LLA_TRACE_BLOCKS, nbytes = n * sizeof(lla_block_times);
+    std::vector<lla_block_times> times(n);
+    CUDA_TRY(cudaMalloc((void **)&exec->ctx.trace, nbytes));
+    cudaGraphExec_t graph = NULL;
+    lla_status status = capture(exec, program, exec->latest, 0, &graph); /* the inputs are there */
+    cudaError_t error = cudaMemsetAsync(exec->ctx.trace, 0, nbytes, exec->stream);
+    for (int i = 0; !status && !error && i < 10; i++) error = cudaGraphLaunch(graph, exec->stream);
+    if (!error) error = cudaMemcpyAsync(times.data(), exec->ctx.trace, nbytes, cudaMemcpyDeviceToHost, exec->stream);
+    if (!error) error = cudaStreamSynchronize(exec->stream);
+    cudaGraphExecDestroy(graph);
+    cudaFree(exec->ctx.trace);
+    exec->ctx.trace = NULL;
+    LLA_TRY(status);
+    CUDA_TRY(error);
+    fprintf(out, "node,name,layer,block,sm,began,free,staged,ended\n");
+    for (size_t i = 0; i < n; i++) {
+        const lla_node *node = &program->nodes[i / LLA_TRACE_BLOCKS];
+        const lla_block_times *t = &times[i];
+        if (!t->ns[LLA_BLOCK_BEGAN]) continue;
+        fprintf(out, "%zu,%s,%zu,%zu,%llu,%llu,%llu,%llu,%llu\n", i / LLA_TRACE_BLOCKS, node->name, node->layer,
+                i % LLA_TRACE_BLOCKS, t->sm, t->ns[LLA_BLOCK_BEGAN], t->ns[LLA_BLOCK_FREE], t->ns[LLA_BLOCK_STAGED],
+                t->ns[LLA_BLOCK_ENDED]);
+    }
+    return LLA_OK;
+#else
+    (void)exec, (void)program, (void)out;
+    return lla_fail(LLA_EINVAL, "this build's kernels note no times: meson setup -Dstep_trace=true");
+#endif
 }
 
 /* Sums 16-byte words; eight loads in flight a thread. */

@@ -68,6 +68,10 @@ lla_status lla_exec_cuda_nodes(struct lla_exec_cuda *exec, const struct lla_prog
 lla_status lla_exec_cuda_time(struct lla_exec_cuda *exec, const struct lla_program *program, unsigned skip,
                               size_t count, double ms[3]);
 
+/* Replays a program a few times and writes when each block of its kernels ran, as CSV: node, name, layer, block, sm,
+ * began, free, staged, ended (ns of the last replay; 0: not noted). For builds with -Dstep_trace=true. */
+lla_status lla_exec_cuda_trace(struct lla_exec_cuda *exec, const struct lla_program *program, FILE *out);
+
 /* GB/s of the best plain read of the arena's weights: the ceiling of decode. */
 lla_status lla_exec_cuda_read_ceiling(struct lla_exec_cuda *exec, double *gbs);
 

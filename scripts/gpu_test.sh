@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The GPU suite, for a machine with an NVIDIA GPU, CUDA, Python, PyTorch, transformers and pytest; no network needed.
 #
-#   scripts/gpu_test.sh           tests, sanitizers over a small run, and the table of the operators' speed
+#   scripts/gpu_test.sh           tests, sanitizers over small runs of the operators, the step and a model, and the table
+#                                 of the operators' speed
 #   scripts/gpu_test.sh quick     tests alone
 #   scripts/gpu_test.sh ops       as the first, of the operators and the runtime alone
 #
@@ -52,10 +53,20 @@ fi
 # ---- sanitizers and speed ----
 if [ "$mode" != quick ]; then
     if command -v compute-sanitizer >/dev/null; then
-        for tool in memcheck racecheck; do
-            step "compute-sanitizer $tool" "$tool.txt" \
-                timeout 300 compute-sanitizer --tool $tool --error-exitcode 1 python test/ops/small_run.py
-        done
+        sanitize() { # TOOL NAME COMMAND...
+            local tool=$1 name=$2
+            shift 2
+            step "compute-sanitizer $tool, $name" "$tool-$name.txt" \
+                timeout 300 compute-sanitizer --tool "$tool" --error-exitcode 1 "$@"
+        }
+        for tool in memcheck racecheck; do sanitize $tool operators python test/ops/small_run.py; done
+        if [ "$mode" != ops ]; then
+            for tool in memcheck racecheck initcheck; do
+                sanitize $tool step build/test_cuda_nodes quick
+                sanitize $tool model python -m llaisys generate models/refrain-mini --device nvidia \
+                    --prompt 'Count from 1 to 9.' --max-new-tokens 12
+            done
+        fi
     else
         skip 'compute-sanitizer' 'not installed'
     fi

@@ -29,16 +29,26 @@ extern "C" {
 
 enum { LLA_TILE = 16 };
 
+/* When a block of a kernel ran, in ns of the GPU's clock, where the build has -Dstep_trace=true: it began; the kernels
+ * before it had finished; its activations lay in shared memory; it ended. */
+enum lla_block_event { LLA_BLOCK_BEGAN, LLA_BLOCK_FREE, LLA_BLOCK_STAGED, LLA_BLOCK_ENDED, LLA_BLOCK_EVENTS };
+struct lla_block_times {
+    unsigned long long ns[LLA_BLOCK_EVENTS];
+    unsigned long long sm;
+};
+enum { LLA_TRACE_BLOCKS = 1024 };
+
 /* What a launcher needs beside the node's arguments. */
 struct lla_cuda_ctx {
     char *arena; /* device memory */
     struct lla_dims dims;
     struct lla_io io;
-    size_t rows, logits;   /* of the bucket: at most */
-    int sm_count, compute; /* compute: capability, 80, 89, 90 */
-    size_t max_smem;       /* bytes of shared memory that a block may have */
-    int pdl;               /* programmatic dependent launch on every edge */
-    void *stream;          /* cudaStream_t */
+    size_t rows, logits;           /* of the bucket: at most */
+    int sm_count, compute;         /* compute: capability, 80, 89, 90 */
+    size_t max_smem;               /* bytes of shared memory that a block may have */
+    int pdl;                       /* programmatic dependent launch on every edge */
+    void *stream;                  /* cudaStream_t */
+    struct lla_block_times *trace; /* [LLA_TRACE_BLOCKS] of this node; NULL: nobody asks */
 };
 
 #define X(NAME, suffix)                                                                                                \

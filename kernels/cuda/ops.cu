@@ -1,8 +1,8 @@
 /* ops.cu: the table of the LLAISYS operators on NVIDIA GPUs.
  *
  * Operators run on the default stream of the calling thread's current device, and return once their kernels are queued.
- * The one exception is embedding, which must refuse an index outside the table: it waits for the kernel that checks the
- * indices, not for the one that copies rows, which is queued behind it and looks at the verdict on the device. */
+ * The one exception is embedding, which must refuse an index outside the table: it waits until the kernel has checked
+ * the indices, not until it has copied the rows. */
 #include "ops.cuh"
 
 extern "C" {
@@ -19,7 +19,7 @@ enum { PARTIALS_BYTES = 16 << 20 };
 struct Scratch {
     lla_argmax_scratch argmax;
     lla_index_scratch index;
-    alignas(16) uint64_t rope_steps[LLA_ROPE_STEPS];
+    alignas(16) lla_rope_step rope_steps[LLA_ROPE_STEPS];
     alignas(16) char partials[PARTIALS_BYTES];
 };
 
@@ -29,7 +29,7 @@ struct DeviceScratch {
     pthread_mutex_t lock;
     Scratch *device;          /* device memory; NULL before the first use */
     lla_index_report *report; /* mapped host memory */
-    uint64_t ticket;          /* of the last check of indices */
+    uint64_t ticket;          /* of the last embedding */
     size_t rope_d;            /* what rope_steps was made for; 0: nothing yet */
     double rope_theta;
 };
@@ -92,11 +92,11 @@ static lla_status argmax(llaisysDataType_t dtype, size_t n, const void *values, 
 /* Waits for the check of indices. A kernel that failed never reports: the stream is asked now and then. */
 static lla_status wait_for_report(const DeviceScratch *s) {
     const volatile uint64_t *ticket = &s->report->ticket;
-    for (unsigned spins = 1; *ticket != s->ticket; spins++) {
+    for (unsigned spins = 1; *ticket / 2 != s->ticket; spins++) {
         if (spins % 4096) continue;
         const cudaError_t error = cudaStreamQuery(NULL);
-        if (error == cudaErrorNotReady || (error == cudaSuccess && *ticket == s->ticket)) continue;
-        return lla_cuda_fail(error != cudaSuccess ? error : cudaErrorUnknown, "embedding: check");
+        if (error == cudaErrorNotReady || (error == cudaSuccess && *ticket / 2 == s->ticket)) continue;
+        return lla_cuda_fail(error != cudaSuccess ? error : cudaErrorUnknown, "embedding");
     }
     __sync_synchronize(); /* the ticket was written last, and is read first */
     return LLA_OK;
@@ -104,18 +104,18 @@ static lla_status wait_for_report(const DeviceScratch *s) {
 
 static lla_status embedding_locked(DeviceScratch *s, llaisysDataType_t dtype, size_t n, size_t d, size_t vocab,
                                    const int64_t *index, const void *weight, void *out) {
-    lla_index_scratch *scratch = &s->device->index;
-    LLA_TRY(lla_cuda_check_index(n, vocab, index, scratch, ++s->ticket, s->report, NULL));
-    LLA_TRY(lla_cuda_op_embedding(lla_dtype_size(dtype), n, d, vocab, index, weight, scratch, out, NULL));
+    LLA_TRY(lla_cuda_op_embedding(lla_dtype_size(dtype), n, d, vocab, index, weight, &s->device->index, s->ticket + 1,
+                                  s->report, out, NULL));
+    s->ticket++;
     LLA_TRY(wait_for_report(s));
-    LLA_REQUIRE(s->report->position < 0, LLA_EINVAL, "embedding: index[%lld] is %lld, expected 0 to %zu",
+    LLA_REQUIRE(s->report->ticket % 2 == 0, LLA_EINVAL, "embedding: index[%lld] is %lld, expected 0 to %zu",
                 static_cast<long long>(s->report->position), static_cast<long long>(s->report->index), vocab - 1);
     return LLA_OK;
 }
 
 static lla_status embedding(llaisysDataType_t dtype, size_t n, size_t d, size_t vocab, const int64_t *index,
                             const void *weight, void *out) {
-    if (n == 0) return LLA_OK;
+    if (n == 0 || d == 0) return LLA_OK;
     DeviceScratch *s = NULL;
     LLA_TRY(lock_scratch(&s));
     const lla_status status = embedding_locked(s, dtype, n, d, vocab, index, weight, out);

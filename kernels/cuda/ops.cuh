@@ -17,11 +17,15 @@ lla_status lla_cuda_op_swiglu(llaisysDataType_t dtype, size_t n, const void *gat
 lla_status lla_cuda_op_rms_norm(llaisysDataType_t dtype, size_t rows, size_t d, const void *x, const void *w, float eps,
                                 void *out, cudaStream_t stream);
 
-/* RoPE's angles as turns: step j of d/2 is 1 / (2 pi theta^(2j/d)) modulo 1, in units of 2^-64. */
+/* What RoPE's angle j of d/2 grows by from one position to the next. */
+struct lla_rope_step {
+    uint64_t turns; /* 1 / (2 pi theta^(2j/d)) modulo 1, in units of 2^-64 */
+    double radians; /* 1 / theta^(2j/d) */
+};
 enum { LLA_ROPE_STEPS = 1 << 16 }; /* at most */
-lla_status lla_cuda_rope_steps(size_t d, double theta, uint64_t *steps, cudaStream_t stream);
+lla_status lla_cuda_rope_steps(size_t d, double theta, struct lla_rope_step *steps, cudaStream_t stream);
 lla_status lla_cuda_op_rope(llaisysDataType_t dtype, size_t seq, size_t heads, size_t d, const void *x,
-                            const int64_t *pos, const uint64_t *steps, void *out, cudaStream_t stream);
+                            const int64_t *pos, const struct lla_rope_step *steps, void *out, cudaStream_t stream);
 
 struct lla_argmax_part {
     float value;
@@ -36,22 +40,18 @@ lla_status lla_cuda_op_argmax(llaisysDataType_t dtype, size_t n, const void *val
                               struct lla_argmax_scratch *scratch, cudaStream_t stream);
 
 struct lla_index_scratch {
-    unsigned arrived;          /* 0 between calls */
-    unsigned long long lowest; /* ULLONG_MAX between calls */
-    int64_t position;          /* of the first index outside the table; -1: all are inside */
+    unsigned long long arrived[2]; /* by the ticket's parity; the next call's is 0 */
+    unsigned long long lowest;     /* ULLONG_MAX between calls */
 };
-/* The same for the host, in mapped memory. */
+/* What a call finds, in mapped host memory. */
 struct lla_index_report {
-    int64_t position, index;
-    uint64_t ticket; /* of the call that wrote the rest */
+    int64_t position, index; /* of the first index outside the table, if there is one */
+    uint64_t ticket;         /* of the call, times two; plus one if it has refused */
 };
-/* Checks indices into scratch->position and *host. Tickets of calls that share scratch memory differ, and are not 0. */
-lla_status lla_cuda_check_index(size_t n, size_t vocab, const int64_t *index, struct lla_index_scratch *scratch,
-                                uint64_t ticket, struct lla_index_report *host, cudaStream_t stream);
-/* Must follow the check on the stream; writes nothing where it has found an index outside. */
+/* n, d > 0. Writes nothing where an index is outside the table. Tickets count the calls that share scratch memory. */
 lla_status lla_cuda_op_embedding(size_t element, size_t n, size_t d, size_t vocab, const int64_t *index,
-                                 const void *weight, const struct lla_index_scratch *scratch, void *out,
-                                 cudaStream_t stream);
+                                 const void *weight, struct lla_index_scratch *scratch, uint64_t ticket,
+                                 struct lla_index_report *host, void *out, cudaStream_t stream);
 
 lla_status lla_cuda_op_rearrange(size_t element, size_t ndim, const size_t *shape, const ptrdiff_t *out_strides,
                                  void *out, const ptrdiff_t *in_strides, const void *in, cudaStream_t stream);

@@ -130,50 +130,56 @@ lla_status lla_cuda_op_argmax(llaisysDataType_t dtype, size_t n, const void *val
     return LLA_OK;
 }
 
-/* ---- embedding: a kernel checks the indices, another one copies rows if all are inside the table ----
+/* ---- embedding: one kernel, whose first blocks check all indices while every block fetches its rows ----
  *
- * On sm_90 the second starts while the first still runs (programmatic dependent launch): it reads rows, those of
- * indices outside the table excepted, and waits for the verdict before it writes. */
+ * Nothing is written before the verdict. It is one word: how many checkers have arrived, and how many of them have
+ * found an index outside, so that waiting for it needs no fence. Blocks start in the order of their numbers, and
+ * checkers check before they wait, so that those that wait hold up nobody. */
 
-constexpr unsigned CHECK_THREADS = 1024, CHECK_EACH = 4, COPY_THREADS = 256, COPY_ROWS = 4;
+constexpr unsigned COPY_THREADS = 256, COPY_ROWS = 4, MAX_CHECKERS = 512;
+constexpr unsigned long long ONE_BAD = 1ull << 32;
 
-__global__ void __launch_bounds__(CHECK_THREADS)
-    check_index(size_t n, size_t vocab, const int64_t *index, lla_index_scratch *scratch, uint64_t ticket,
-                lla_index_report *host) {
-    pdl_launch_next();
+/* The share of checker `rank` of `checkers`; the last to arrive tells the host. Called by all threads of the block. */
+__device__ __forceinline__ void check_index(unsigned rank, unsigned checkers, size_t n, size_t vocab,
+                                            const int64_t *index, lla_index_scratch *scratch, uint64_t ticket,
+                                            lla_index_report *host) {
+    const unsigned thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
     unsigned long long lowest = ULLONG_MAX;
-    for (size_t i = static_cast<size_t>(blockIdx.x) * CHECK_THREADS + threadIdx.x; i < n;
-         i += static_cast<size_t>(gridDim.x) * CHECK_THREADS)
+#pragma unroll 4
+    for (size_t i = static_cast<size_t>(rank) * threads + thread; i < n; i += static_cast<size_t>(checkers) * threads)
         if (static_cast<uint64_t>(index[i]) >= vocab && i < lowest) lowest = i; /* negative ones are huge */
-    if (lowest != ULLONG_MAX) atomicMin(&scratch->lowest, lowest);
-    if (!last_to_arrive(&scratch->arrived) || threadIdx.x) return;
-    lowest = atomicExch(&scratch->lowest, ULLONG_MAX);
-    const bool is_inside = lowest == ULLONG_MAX;
-    scratch->position = is_inside ? -1 : static_cast<int64_t>(lowest);
-    scratch->arrived = 0;
-    host->position = is_inside ? -1 : static_cast<int64_t>(lowest);
-    host->index = is_inside ? 0 : index[lowest];
-    __threadfence_system(); /* the host looks at the rest when it sees the ticket */
-    *static_cast<volatile uint64_t *>(&host->ticket) = ticket;
-}
-
-lla_status lla_cuda_check_index(size_t n, size_t vocab, const int64_t *index, struct lla_index_scratch *scratch,
-                                uint64_t ticket, struct lla_index_report *host, cudaStream_t stream) {
-    size_t blocks = ceil_div(n, CHECK_THREADS * CHECK_EACH);
-    if (blocks < 1) blocks = 1;
-    if (blocks > 256) blocks = 256;
-    check_index<<<static_cast<unsigned>(blocks), CHECK_THREADS, 0, stream>>>(n, vocab, index, scratch, ticket, host);
-    LLA_CUDA_LAUNCHED("embedding: check");
-    return LLA_OK;
+    if (lowest != ULLONG_MAX) {
+        atomicMin(&scratch->lowest, lowest);
+        __threadfence(); /* before the block says that it has arrived */
+    }
+    const bool is_bad = __syncthreads_or(lowest != ULLONG_MAX);
+    if (thread) return;
+    const unsigned long long mine = 1 + (is_bad ? ONE_BAD : 0),
+                             all = atomicAdd(&scratch->arrived[ticket % 2], mine) + mine;
+    if (static_cast<unsigned>(all) != checkers) return;
+    if (all >= ONE_BAD) {
+        __threadfence();
+        const unsigned long long first = atomicExch(&scratch->lowest, ULLONG_MAX);
+        host->position = static_cast<int64_t>(first);
+        host->index = index[first];
+        __threadfence_system(); /* the host looks at these when it sees the ticket */
+    }
+    *static_cast<volatile uint64_t *>(&host->ticket) = 2 * ticket + (all >= ONE_BAD);
 }
 
 /* weight [vocab, row], out [n, row] in units of U: row = d elements. Threads (x, y) of a block have unit x of COPY_ROWS
  * rows. */
 template <class U>
-__global__ void __launch_bounds__(COPY_THREADS) copy_rows(size_t n, unsigned row, size_t vocab, const int64_t *index,
-                                                          const U *weight, const lla_index_scratch *scratch, U *out) {
+__global__ void __launch_bounds__(COPY_THREADS)
+    copy_rows(size_t n, unsigned row, size_t vocab, const int64_t *index, const U *weight, unsigned checkers,
+              lla_index_scratch *scratch, uint64_t ticket, lla_index_report *host, U *out) {
     const size_t first = static_cast<size_t>(blockIdx.x) * (blockDim.y * COPY_ROWS) + threadIdx.y;
     const unsigned column = blockIdx.y * blockDim.x + threadIdx.x;
+    const bool is_first_thread = threadIdx.x == 0 && threadIdx.y == 0;
+    if (blockIdx.y == 0 && blockIdx.x < checkers) {
+        if (blockIdx.x == 0 && is_first_thread) scratch->arrived[(ticket + 1) % 2] = 0; /* the next call's */
+        check_index(blockIdx.x, checkers, n, vocab, index, scratch, ticket, host);
+    }
     uint64_t from[COPY_ROWS];
     U v[COPY_ROWS] = {};
 #pragma unroll
@@ -184,51 +190,48 @@ __global__ void __launch_bounds__(COPY_THREADS) copy_rows(size_t n, unsigned row
 #pragma unroll
     for (int u = 0; u < COPY_ROWS; u++)
         if (from[u] < vocab) v[u] = weight[from[u] * row + column];
-    pdl_wait();
-    if (*static_cast<const volatile int64_t *>(&scratch->position) >= 0) return;
+    bool is_refused = false;
+    if (is_first_thread) { /* one thread: a word that all threads ask for is answered late */
+        const volatile unsigned long long *word = &scratch->arrived[ticket % 2];
+        unsigned long long all;
+        while (static_cast<unsigned>(all = *word) != checkers) {}
+        is_refused = all >= ONE_BAD;
+    }
+    if (__syncthreads_or(is_refused)) return;
 #pragma unroll
     for (int u = 0; u < COPY_ROWS; u++)
         if (from[u] < vocab) out[(first + u * blockDim.y) * row + column] = v[u];
 }
 
-template <class U>
-static cudaError_t launch_copy(size_t n, size_t row, size_t vocab, const int64_t *index, const void *weight,
-                               const lla_index_scratch *scratch, void *out, bool is_early, cudaStream_t stream) {
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    const unsigned across = row < COPY_THREADS ? static_cast<unsigned>(row) : COPY_THREADS,
-                   down = COPY_THREADS / across;
-    config.gridDim =
-        dim3(static_cast<unsigned>(ceil_div(n, down * COPY_ROWS)), static_cast<unsigned>(ceil_div(row, across)));
-    config.blockDim = dim3(across, down);
-    config.stream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = is_early ? 1 : 0;
-    return cudaLaunchKernelEx(&config, copy_rows<U>, n, static_cast<unsigned>(row), vocab, index,
-                              static_cast<const U *>(weight), scratch, static_cast<U *>(out));
-}
-
 lla_status lla_cuda_op_embedding(size_t element, size_t n, size_t d, size_t vocab, const int64_t *index,
-                                 const void *weight, const struct lla_index_scratch *scratch, void *out,
-                                 cudaStream_t stream) {
+                                 const void *weight, struct lla_index_scratch *scratch, uint64_t ticket,
+                                 struct lla_index_report *host, void *out, cudaStream_t stream) {
     constexpr unsigned MAX_D = 65535 * COPY_THREADS; /* rows are cut into at most 65535 parts */
     const size_t bytes = d * element;
-    if (n == 0 || bytes == 0) return LLA_OK;
     LLA_REQUIRE(d < MAX_D && n <= INT32_MAX, LLA_EINVAL,
                 "embedding: expected at most %d rows of fewer than %u elements, found %zu of %zu", INT32_MAX, MAX_D, n,
                 d);
-    const struct lla_cuda_facts *facts;
-    LLA_TRY(lla_cuda_facts_get(&facts));
-    const bool is_early = facts->compute >= 90;
-    cudaError_t error;
+    auto launch = [&](auto unit) {
+        using U = decltype(unit);
+        const size_t row = bytes / sizeof(U);
+        const unsigned across = row < COPY_THREADS ? static_cast<unsigned>(row) : COPY_THREADS,
+                       down = COPY_THREADS / across;
+        const dim3 grid(static_cast<unsigned>(ceil_div(n, down * COPY_ROWS)),
+                        static_cast<unsigned>(ceil_div(row, across))),
+            block(across, down);
+        size_t checkers = ceil_div(n, COPY_THREADS * 4); /* four loads a thread, together */
+        if (checkers > grid.x) checkers = grid.x;
+        if (checkers > MAX_CHECKERS) checkers = MAX_CHECKERS;
+        copy_rows<U><<<grid, block, 0, stream>>>(n, static_cast<unsigned>(row), vocab, index,
+                                                 static_cast<const U *>(weight), static_cast<unsigned>(checkers),
+                                                 scratch, ticket, host, static_cast<U *>(out));
+    };
     if (bytes % 16 == 0 && aligned_16(weight, out))
-        error = launch_copy<uint4>(n, bytes / 16, vocab, index, weight, scratch, out, is_early, stream);
+        launch(uint4{});
     else if (element == 4)
-        error = launch_copy<uint32_t>(n, d, vocab, index, weight, scratch, out, is_early, stream);
+        launch(uint32_t{});
     else
-        error = launch_copy<uint16_t>(n, d, vocab, index, weight, scratch, out, is_early, stream);
-    LLA_CUDA_TRY(error, "embedding");
+        launch(uint16_t{});
+    LLA_CUDA_LAUNCHED("embedding");
     return LLA_OK;
 }

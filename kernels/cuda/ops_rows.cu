@@ -156,19 +156,22 @@ lla_status lla_cuda_op_rms_norm(llaisysDataType_t dtype, size_t rows, size_t d, 
 
 /* ---- rope ---- */
 
-/* A position is an integer, so its angle in turns needs no floating point: pos * step modulo 1 is one 64-bit product
- * that wraps. Only the step, one for each j, is worked out in double precision. Its error of 2^-53 turns at most grows
- * to 2^-36 at position 128 K; the fraction is then rounded to f32 (2^-25 turns at most) for sincospif. */
-__global__ void __launch_bounds__(128) rope_steps(unsigned d, double theta, uint64_t *steps) {
+/* Angles below 1024 are rounded to f32 once, as the CPU's are (kernels/ops.h): LLAISYS's own test compares with angles
+ * in f32. Larger ones stay exact. A position is an integer, so an angle in turns needs no floating point: pos * step
+ * modulo 1 is one 64-bit product that wraps. Only the step, one for each j, is worked out in double precision. Its
+ * error of 2^-53 turns at most grows to 2^-36 at position 128 K; the fraction is then rounded to f32 (2^-25 turns at
+ * most) for sincospif. */
+__global__ void __launch_bounds__(128) rope_steps(unsigned d, double theta, lla_rope_step *steps) {
     const unsigned j = blockIdx.x * blockDim.x + threadIdx.x;
     if (j >= d / 2) return;
-    const double turns = pow(theta, -2.0 * j / d) * 0.15915494309189533577; /* 1 / (2 pi) */
+    const double radians = pow(theta, -2.0 * j / d), turns = radians * 0.15915494309189533577; /* 1 / (2 pi) */
     const double fraction = turns - floor(turns);
-    steps[j] = static_cast<uint64_t>(fraction * 0x1p53)
-               << 11; /* in two parts: a fraction times 2^64 may round to 2^64 */
+    steps[j].radians = radians;
+    steps[j].turns = static_cast<uint64_t>(fraction * 0x1p53)
+                     << 11; /* in two parts: a fraction times 2^64 may round to 2^64 */
 }
 
-lla_status lla_cuda_rope_steps(size_t d, double theta, uint64_t *steps, cudaStream_t stream) {
+lla_status lla_cuda_rope_steps(size_t d, double theta, struct lla_rope_step *steps, cudaStream_t stream) {
     LLA_REQUIRE(d <= 2 * LLA_ROPE_STEPS, LLA_EINVAL, "rope: expected heads of at most %d elements, found %zu",
                 2 * LLA_ROPE_STEPS, d);
     const unsigned blocks = static_cast<unsigned>(ceil_div(d / 2, 128));
@@ -177,12 +180,26 @@ lla_status lla_cuda_rope_steps(size_t d, double theta, uint64_t *steps, cudaStre
     return LLA_OK;
 }
 
+/* Half turns, from -1 to 1, of position * step. */
+__device__ __forceinline__ float half_turns_of(int64_t position, const lla_rope_step &step) {
+    const double exact = static_cast<double>(position) * step.radians;
+    if (fabs(exact) >= 1024) {
+        const uint64_t turns = static_cast<uint64_t>(position) * step.turns;
+        return static_cast<float>(static_cast<int32_t>(turns >> 32)) * 0x1p-31f;
+    }
+    /* angle / pi as the sum of two floats: the first alone would lose what the rounded angle still has */
+    constexpr float HIGH = 0.318309873f, LOW = 1.28412764e-08f;
+    const float angle = static_cast<float>(exact), high = angle * HIGH;
+    const float low = fmaf(angle, LOW, fmaf(angle, HIGH, -high));
+    return (high - 2 * rintf(0.5f * high)) + low;
+}
+
 enum { ROPE_THREADS = 128, ROPE_HEADS = 4 };
 
 /* x, out [seq, heads, d]. A thread has N neighbouring angles of one position, for up to ROPE_HEADS heads. */
 template <class T, int N>
 __global__ void __launch_bounds__(ROPE_THREADS) rope_heads(unsigned seq, unsigned heads, unsigned d, const T *x,
-                                                           const int64_t *pos, const uint64_t *steps, T *out) {
+                                                           const int64_t *pos, const lla_rope_step *steps, T *out) {
     const unsigned packs = d / 2 / N, chunks = (heads + ROPE_HEADS - 1) / ROPE_HEADS;
     const unsigned id = blockIdx.x * ROPE_THREADS + threadIdx.x;
     const unsigned j = id % packs * N, head0 = id / packs % chunks * ROPE_HEADS, s = id / packs / chunks;
@@ -195,15 +212,10 @@ __global__ void __launch_bounds__(ROPE_THREADS) rope_heads(unsigned seq, unsigne
         a[h] = load_pack<T, N>(x + at + h * static_cast<size_t>(d));
         b[h] = load_pack<T, N>(x + at + h * static_cast<size_t>(d) + d / 2);
     }
-    const uint64_t position = static_cast<uint64_t>(pos[s]);
+    const int64_t position = pos[s];
     float cosine[N], sine[N];
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-        const uint64_t turns = position * steps[j + i];
-        /* half turns from -1 to 1 */
-        const float half_turns = static_cast<float>(static_cast<int32_t>(turns >> 32)) * 0x1p-31f;
-        sincospif(half_turns, &sine[i], &cosine[i]);
-    }
+    for (int i = 0; i < N; i++) sincospif(half_turns_of(position, steps[j + i]), &sine[i], &cosine[i]);
 #pragma unroll
     for (int h = 0; h < ROPE_HEADS; h++) {
         if (head0 + h >= heads) break;
@@ -219,8 +231,8 @@ __global__ void __launch_bounds__(ROPE_THREADS) rope_heads(unsigned seq, unsigne
 }
 
 template <class T>
-static void launch_rope(size_t seq, size_t heads, size_t d, const T *x, const int64_t *pos, const uint64_t *steps,
-                        T *out, cudaStream_t stream) {
+static void launch_rope(size_t seq, size_t heads, size_t d, const T *x, const int64_t *pos,
+                        const struct lla_rope_step *steps, T *out, cudaStream_t stream) {
     constexpr int N = 16 / sizeof(T);
     const bool is_wide = d / 2 % N == 0 && aligned_16(x, out);
     const size_t threads = d / 2 / (is_wide ? N : 1) * ceil_div(heads, ROPE_HEADS); /* of one position */
@@ -236,7 +248,7 @@ static void launch_rope(size_t seq, size_t heads, size_t d, const T *x, const in
 }
 
 lla_status lla_cuda_op_rope(llaisysDataType_t dtype, size_t seq, size_t heads, size_t d, const void *x,
-                            const int64_t *pos, const uint64_t *steps, void *out, cudaStream_t stream) {
+                            const int64_t *pos, const struct lla_rope_step *steps, void *out, cudaStream_t stream) {
     if (seq == 0 || heads == 0 || d == 0) return LLA_OK;
     LLA_REQUIRE(d <= 2 * LLA_ROPE_STEPS && heads <= 1 << 14, LLA_EINVAL,
                 "rope: expected at most %d heads of at most %d elements, found %zu of %zu", 1 << 14, 2 * LLA_ROPE_STEPS,

@@ -45,6 +45,19 @@ __device__ __forceinline__ void prefetch_l2(const void *p) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
+/* Nanoseconds of a clock that all blocks share. */
+__device__ __forceinline__ unsigned long long global_ns() {
+    unsigned long long t;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
+    return t;
+}
+
+__device__ __forceinline__ unsigned sm_id() {
+    unsigned id;
+    asm volatile("mov.u32 %0, %smid;" : "=r"(id));
+    return id;
+}
+
 /* 2^x to 2 units in the last place of f32; 0 below the normal range. */
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
@@ -73,6 +86,12 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t from) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "r"(from)
                  : "memory");
+    return v;
+}
+
+__device__ __forceinline__ uint32_t load_shared_4(uint32_t from) {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
     return v;
 }
 

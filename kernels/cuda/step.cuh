@@ -100,6 +100,27 @@ lla_status launch_clusters(const lla_cuda_ctx *ctx, const char *name, void (*ker
     return LLA_OK;
 }
 
+/* Whether the device can hold a cluster of such blocks at all: part of a GPU (MIG) may lack the multiprocessors. */
+template <class Kernel> bool cluster_fits(Kernel *kernel, dim3 grid, int threads, size_t smem, unsigned cluster) {
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3((unsigned)threads);
+    config.dynamicSmemBytes = smem;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int count = 0;
+    const bool is_known =
+        cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             (int)smem) == cudaSuccess &&
+        cudaOccupancyMaxActiveClusters(&count, reinterpret_cast<const void *>(kernel), &config) == cudaSuccess;
+    if (!is_known) (void)cudaGetLastError();
+    return is_known && count > 0;
+}
+
 template <class... Params, class... Args>
 lla_status launch(const lla_cuda_ctx *ctx, const char *name, void (*kernel)(Params...), dim3 grid, int threads,
                   size_t smem, Args... args) {
@@ -112,6 +133,16 @@ inline bool has_wgmma(const lla_cuda_ctx *ctx) {
     return ctx->compute == 90;
 #else
     return false;
+#endif
+}
+
+/* Notes when the block has come to an event; see struct lla_block_times. */
+__device__ __forceinline__ void note(lla_block_times *trace, lla_block_event event) {
+#ifdef LLA_STEP_TRACE
+    const unsigned block = blockIdx.y * gridDim.x + blockIdx.x;
+    if (!trace || threadIdx.x || block >= LLA_TRACE_BLOCKS) return;
+    trace[block].ns[event] = global_ns();
+    if (event == LLA_BLOCK_BEGAN) trace[block].sm = sm_id();
 #endif
 }
 

@@ -1,10 +1,13 @@
 /* step_linear.cu: the step's matrix products: [norm +] x w^T + what follows, on packed weights (nodes.h), for up to
- * eight rows a block; step_linear_many.cu has those for more.
+ * eight rows a block; step_linear_many.cu has those for more, step_linear_any.cu those for odd shapes and f32.
  *
- * Few rows are bound by the stream of weights. Every warp owns an eighth (a sixteenth where K is long) of K and reads
- * its part of a row tile straight into registers, DEPTH tiles of 512 bytes at a time, with the next DEPTH on their way
- * while it multiplies. The first 2 DEPTH are requested before the wait for the kernel before, since weights do not
- * depend on it. */
+ * Few rows are bound by the stream of weights, and by what happens while it does not flow. Every warp owns an eighth (a
+ * sixteenth where K is long) of K and streams its part of a row tile through a ring in shared memory, which no other
+ * thread looks at: a lane multiplies the 16 bytes that it has asked for. The ring is filled before the wait for the
+ * kernel before, since weights do not depend on it. What follows the wait is on the step's critical path: warps norm
+ * their own part of x, so that they need not wait for each other; indices are 32 bits wide; and the code is short,
+ * since each kernel's turn finds the instruction cache cold. Few registers leave room on an SM for the kernels to come.
+ */
 #include "step_linear.cuh"
 #include "step_many.h"
 
@@ -12,219 +15,216 @@
 
 namespace {
 
-enum { COLS = 8 }; /* rows of x that a block takes: columns of the tensor core's operand */
+enum { COLS = 8 };  /* rows of x that a block takes: columns of the tensor core's operand */
+enum { DEPTH = 4 }; /* column tiles, 512 bytes each, that a warp asks for at a time: a group */
+/* Groups in a ring: as much of a stream as lets two blocks share an SM; of a single tile, more than a warp's part of
+ * it where K is 1,536. */
+enum { STREAM_GROUPS = 5, TILE_GROUPS = 3 };
+/* Groups under way while the ring is filled for the first time. More fill the memory's queues, and what the kernels
+ * before this one wait for stands behind them. */
+enum { FILLING = 2 };
 
-/* Registers hold 2 DEPTH pieces of 16 bytes a thread: with two blocks on an SM, 48 to 96 KB in flight. */
-enum { DEPTH = 6 };
+/* A warp's columns [16 k_first, 16 (k_first + length)) of the rows of x on their way to shared memory, in units of 16
+ * bytes, UNITS of them a lane at once; with the norm's weights, which can be asked for before x is there. */
+template <class T, bool NORM> struct Part {
+    static constexpr int UNITS = NORM ? 1 : 4;
+    const Linear &a;
+    const unsigned first, rows, k_first, per_row;
+    unsigned row = 0, at = threadIdx.x % 32; /* of the lane's next unit */
+    unsigned in_row[UNITS], unit[UNITS];     /* of those under way; from `rows` on there is none */
+    uint4 x[UNITS], norm[UNITS];
 
-/* Elements k, k + 1 of a row of activations as the B operand wants them; zero beyond the row's end. */
-template <class T> __device__ __forceinline__ uint32_t load_pair(const T *row, unsigned k, unsigned end) {
-    if (k + 1 < end && (end & 1) == 0) return *reinterpret_cast<const uint32_t *>(row + k);
-    union {
-        T h[2];
-        uint32_t u;
-    } pair;
-    pair.h[0] = k < end ? row[k] : from_float<T>(0.0f);
-    pair.h[1] = k + 1 < end ? row[k + 1] : from_float<T>(0.0f);
-    return pair.u;
-}
+    __device__ __forceinline__ Part(const Linear &a, unsigned first, unsigned rows, unsigned k_first, unsigned length)
+        : a(a), first(first), rows(rows), k_first(k_first), per_row(2 * length) {}
 
-/* Weights of one tile that a lane holds: 16 bytes, or 32 for f32. */
-template <class T> struct Weights {
-    uint4 v[sizeof(T) / 2];
-    __device__ __forceinline__ void load(const T *p) {
+    __device__ __forceinline__ bool is_over() const { return in_row[UNITS - 1] >= rows; }
+    __device__ __forceinline__ void choose() {
 #pragma unroll
-        for (int i = 0; i < (int)(sizeof(T) / 2); i++) v[i] = load_stream(reinterpret_cast<const uint4 *>(p) + i);
-    }
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-        for (int i = 0; i < (int)(sizeof(T) / 2); i++) v[i] = make_uint4(0, 0, 0, 0);
-    }
-};
-
-/* acc += weights of the tile times columns k0 .. k0 + 15 of eight rows of x (row `lane / 4` of them is `row`). PADDED:
- * rows go on with zeros to a whole tile. */
-template <class T, bool PADDED> struct Multiply {
-    static __device__ __forceinline__ void run(float (&acc)[4], const Weights<T> &a, const T *row, unsigned k0,
-                                               unsigned end, unsigned lane, const T *const *) {
-        const unsigned k = k0 + lane % 4 * 2;
-        const uint2 b = PADDED ? make_uint2(*reinterpret_cast<const uint32_t *>(row + k),
-                                            *reinterpret_cast<const uint32_t *>(row + k + 8))
-                               : make_uint2(load_pair(row, k, end), load_pair(row, k + 8, end));
-        mma_16816<T>(acc, a.v[0], b);
-    }
-};
-/* f32 has no exact tensor core: the same layout by multiply-adds; the four lanes of a row hand their weights round. */
-template <bool PADDED> struct Multiply<float, PADDED> {
-    static __device__ __forceinline__ void run(float (&acc)[4], const Weights<float> &a, const float *, unsigned k0,
-                                               unsigned end, unsigned lane, const float *const *pair) {
-        const float *w = reinterpret_cast<const float *>(a.v); /* (g,2t) (g,2t+1) (g+8,2t) (g+8,2t+1) (g,2t+8) ... */
-        for (int t = 0; t < 4; t++)
-            for (int e = 0; e < 8; e += 4)
-                for (int i = 0; i < 2; i++) {
-                    const int from = (int)(lane & ~3u) | t;
-                    const float low = __shfl_sync(~0u, w[e + i], from), high = __shfl_sync(~0u, w[e + 2 + i], from);
-                    const unsigned k = k0 + 2 * t + (e ? 8 : 0) + i;
-                    for (int c = 0; c < 2; c++) {
-                        const float x = PADDED || k < end ? pair[c][k] : 0.0f;
-                        acc[c] = fmaf(low, x, acc[c]);
-                        acc[2 + c] = fmaf(high, x, acc[2 + c]);
-                    }
-                }
-    }
-};
-
-/* staged [rows, pitch] = rows first .. first + rows of x as they are. */
-template <class T, int W>
-__device__ void stage_plain(const Linear &a, size_t first, size_t rows, T *staged, size_t pitch) {
-    constexpr int UNIT = 16 / sizeof(T);
-    if (a.k % UNIT == 0) {
-        const size_t units = a.k / UNIT;
-#pragma unroll 4
-        for (size_t i = threadIdx.x; i < rows * units; i += 32 * W)
-            reinterpret_cast<uint4 *>(staged + i / units * pitch)[i % units] =
-                reinterpret_cast<const uint4 *>((const T *)a.x + source(a, first + i / units) * a.k)[i % units];
-        for (size_t i = threadIdx.x; i < rows * (pitch - a.k); i += 32 * W)
-            staged[i / (pitch - a.k) * pitch + a.k + i % (pitch - a.k)] = from_float<T>(0.0f);
-    } else {
-        for (size_t i = threadIdx.x; i < rows * pitch; i += 32 * W) {
-            const size_t r = i / pitch, c = i % pitch;
-            staged[i] = c < a.k ? ((const T *)a.x)[source(a, first + r) * a.k + c] : from_float<T>(0.0f);
+        for (int j = 0; j < UNITS; j++) {
+            while (at >= per_row && row < rows) at -= per_row, row++;
+            in_row[j] = row;
+            unit[j] = 2 * k_first + at;
+            at += 32;
+            if (NORM && row < rows) norm[j] = ((const uint4 *)a.norm)[unit[j]];
         }
     }
-}
+    __device__ __forceinline__ void load() {
+#pragma unroll
+        for (int j = 0; j < UNITS; j++)
+            if (in_row[j] < rows)
+                x[j] = ((const uint4 *)((const T *)a.x + source(a, first + in_row[j]) * a.k))[unit[j]];
+    }
+    __device__ __forceinline__ void store(T *staged, unsigned pitch, float scale, const float *scales) const {
+#pragma unroll
+        for (int j = 0; j < UNITS; j++)
+            if (in_row[j] < rows)
+                reinterpret_cast<uint4 *>(staged + in_row[j] * pitch)[unit[j]] =
+                    NORM ? normed_unit<T>(x[j], norm[j], rows == 1 ? scale : scales[in_row[j]]) : x[j];
+    }
+};
 
-/* Up to eight rows a block (blockIdx.y chooses which); row tiles blockIdx.x, + gridDim.x, ... STAGED: the rows of x go
- * to shared memory first, normed where there is a norm; otherwise they are read where they lie. */
-template <class T, Epilogue E, bool STAGED, int W>
-__global__ void __launch_bounds__(32 * W, W == 8 ? 2 : 1) linear_kernel(const Linear a) {
-    extern __shared__ char smem[];
-    __shared__ Slot slots[E == QKV ? COLS : 1];
-    float *sums = reinterpret_cast<float *>(smem);                           /* [W][16][COLS] */
-    T *staged = reinterpret_cast<T *>(smem + W * 16 * COLS * sizeof(float)); /* [rows][pitch] */
+/* Up to eight rows a block (blockIdx.y chooses which); row tiles blockIdx.x, + gridDim.x, ... W warps, a ring of GROUPS
+ * times DEPTH slots of 16 bytes a thread. */
+template <class T, Epilogue E, int W, int GROUPS>
+__global__ void __launch_bounds__(32 * W, 32 / W) linear_kernel(const Linear a) {
+    constexpr unsigned SLOT = 32 * W * 16, RING = GROUPS * DEPTH * SLOT; /* bytes */
+    constexpr bool NORM = E != ADD;
+    extern __shared__ __align__(16) char smem[];
+    __shared__ float scales[COLS];
+    float *sums = reinterpret_cast<float *>(smem + RING); /* [tiles > 1 ? 2 : 1][W][16][COLS] */
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const unsigned ktiles = (unsigned)tiles_of(a.k), pitch = ktiles * LLA_TILE + 16 / sizeof(T);
-    const unsigned ntiles = (unsigned)(a.half ? (a.n / 2 + 7) / 8 : tiles_of(a.n));
-    const unsigned k_first = ktiles * warp / W, k_last = ktiles * (warp + 1) / W;
-    const unsigned batches = ((ktiles + W - 1) / W + DEPTH - 1) / DEPTH; /* enough for the longest part */
+    const unsigned ntiles = (unsigned)(a.half ? a.n / 16 : tiles_of(a.n)), ktiles = (unsigned)a.k / LLA_TILE;
+    const unsigned pitch = (unsigned)a.k + 8; /* of a row of x: eight rows lie in different banks */
+    const unsigned k_first = ktiles * warp / W, length = ktiles * (warp + 1) / W - k_first;
+    T *staged = reinterpret_cast<T *>(sums + (ntiles > gridDim.x ? 2 : 1) * W * 16 * COLS); /* [rows][pitch] */
 
-    /* Two sets of registers take turns: one is multiplied while the other is filled. */
-    Weights<T> even[DEPTH], odd[DEPTH];
-    unsigned tile = blockIdx.x, batch = 0;     /* what is multiplied next */
-    unsigned next_tile = tile, next_batch = 0; /* what is requested next */
-    auto request = [&](Weights<T>(&to)[DEPTH]) {
+    /* ---- the stream of weights ---- */
+    const uint32_t ring = shared_address(smem) + threadIdx.x * 16;
+    const uint4 *weights = (const uint4 *)a.w + (size_t)(blockIdx.x * ktiles + k_first) * 32 + lane;
+    unsigned wanted_tile = blockIdx.x, wanted = 0, fill = 0; /* tile and column tile to ask for next, and their slot */
+    auto request = [&] {
+        if (wanted_tile < ntiles) {
 #pragma unroll
-        for (int d = 0; d < DEPTH; d++) {
-            const unsigned kt = k_first + next_batch * DEPTH + d;
-            if (next_tile < ntiles && kt < k_last)
-                to[d].load((const T *)a.w + (size_t)((next_tile * ktiles + kt) * 32 + lane) * 8);
-            else
-                to[d].clear();
-        }
-        if (++next_batch == batches) {
-            next_batch = 0;
-            next_tile += gridDim.x;
-        }
-    };
-    pdl_launch_next();
-    request(even);
-    request(odd);
-    /* step inputs were there before the step's first kernel began */
-    const size_t total = a.by_logit ? (size_t)a.header->nlogit : (size_t)a.header->nrow,
-                 first = blockIdx.y * (size_t)COLS;
-    const size_t rows = first >= total ? 0 : total - first < COLS ? total - first : COLS;
-    if (E == QKV && threadIdx.x < rows) slots[threadIdx.x] = slot_of(a, first + threadIdx.x);
-    if (E == QKV && threadIdx.x / 8 < rows) prepare<T, E, true>(a, first + threadIdx.x / 8, tile, threadIdx.x % 8);
-    if (STAGED && a.norm && threadIdx.x * 128 < a.k * sizeof(T)) prefetch_l1((const char *)a.norm + threadIdx.x * 128);
-    pdl_wait();
-    if (!rows) return;
-    if (STAGED) {
-        if (a.norm)
-            stage_norm<T, W>(a, first, rows, staged, pitch, warp, lane);
-        else
-            stage_plain<T, W>(a, first, rows, staged, pitch);
-        __syncthreads();
-    }
-    /* the row that this lane feeds to the product, and (f32) the two whose sums it holds; columns beyond the last row
-     * repeat it, and nobody looks at them */
-    auto row_at = [&](size_t r) -> const T * {
-        r = r < rows ? r : rows - 1;
-        return STAGED ? staged + r * pitch : (const T *)a.x + source(a, first + r) * a.k;
-    };
-    const T *row = row_at(lane / 4), *pair[2] = {row_at(lane % 4 * 2), row_at(lane % 4 * 2 + 1)};
-    const unsigned end = STAGED ? ktiles * LLA_TILE : (unsigned)a.k;
-
-    float acc[4] = {};
-    Operands operands = {}; /* of this thread's output */
-    const int my_g = threadIdx.x % 8, my_col = threadIdx.x / 8;
-    auto multiply = [&](const Weights<T>(&w)[DEPTH]) {
-        if (batch == 0 && (size_t)my_col < rows) operands = prepare<T, E, false>(a, first + my_col, tile, my_g);
-#pragma unroll
-        for (int d = 0; d < DEPTH; d++) {
-            /* beyond the warp's part the weights are zeros, and any columns do */
-            const unsigned kt = min(k_first + batch * DEPTH + d, ktiles - 1);
-            Multiply<T, STAGED>::run(acc, w[d], row, kt * LLA_TILE, end, lane, pair);
-        }
-        if (++batch < batches) return;
-        /* the parts of K meet: c0, c1 of the fragment are rows g, columns 2t and 2t + 1; c2, c3 rows g + 8 */
-#pragma unroll
-        for (int c = 0; c < 4; c++) {
-            const unsigned r = lane / 4 + (c >= 2 ? 8 : 0), col = lane % 4 * 2 + c % 2;
-            sums[(warp * 16 + r) * COLS + col] = acc[c];
-            acc[c] = 0;
-        }
-        __syncthreads();
-        if ((size_t)my_col < rows) {
-            float low = sums[my_g * COLS + my_col], high = sums[(my_g + 8) * COLS + my_col];
-            for (int part = 1; part < W; part++) {
-                low += sums[(part * 16 + my_g) * COLS + my_col];
-                high += sums[(part * 16 + my_g + 8) * COLS + my_col];
+            for (unsigned d = 0; d < DEPTH; d++)
+                if (wanted + d < length) cp_async_16(ring + fill + d * SLOT, weights + (wanted + d) * 32, true);
+            wanted += DEPTH;
+            if (wanted >= length) {
+                wanted = 0;
+                wanted_tile += gridDim.x;
+                weights += (size_t)gridDim.x * ktiles * 32;
             }
-            finish<T, E>(a, first + my_col, tile, my_g, low, high, slots[E == QKV ? my_col : 0], operands);
         }
-        __syncthreads();
-        tile += gridDim.x;
-        batch = 0;
+        cp_async_commit();
+        fill = fill + DEPTH * SLOT == RING ? 0 : fill + DEPTH * SLOT;
     };
-    while (tile < ntiles) {
-        multiply(even);
-        request(even);
-        if (tile >= ntiles) break;
-        multiply(odd);
-        request(odd);
+    note(a.trace, LLA_BLOCK_BEGAN);
+    pdl_launch_next();
+#pragma unroll 1
+    for (int i = 0; i < GROUPS; i++) {
+        request();
+        cp_async_wait<FILLING - 1>();
     }
+
+    /* ---- what else is there before the kernel before has finished: step inputs, biases, norm weights ---- */
+    const unsigned total = (unsigned)(a.by_logit ? a.header->nlogit : a.header->nrow), first = blockIdx.y * COLS;
+    const unsigned rows = first >= total ? 0 : min(total - first, (unsigned)COLS);
+    const unsigned my_g = threadIdx.x % 8, my_col = threadIdx.x / 8;
+    const bool is_mine = my_col < rows; /* this thread ends rows my_g and my_g + 8 of the tiles for that row of x */
+    unsigned tile = blockIdx.x;
+    Slot slot = {};
+    Operands operands = {};
+    if (E == QKV && is_mine) {
+        slot = slot_of(a, first + my_col);
+        operands = prepare<T, E, false>(a, first + my_col, tile, my_g);
+    }
+    Part<T, NORM> part(a, first, rows, k_first, length);
+    part.choose();
+    pdl_wait();
+    note(a.trace, LLA_BLOCK_FREE);
+    if (!rows) {
+        cp_async_wait<0>();
+        return;
+    }
+
+    /* ---- x, normed ---- */
+    part.load();
+    if (E == ADD && is_mine) operands = prepare<T, E, false>(a, first + my_col, tile, my_g);
+    float scale = 0;
+    if (NORM) { /* of one row by every warp for itself, so that none waits for another; of more by a warp a row */
+#pragma unroll 1
+        for (unsigned r = rows == 1 ? 0 : warp; r < rows; r += W) {
+            scale = norm_scale<T>((const T *)a.x + source(a, first + r) * a.k, (unsigned)a.k, a.eps, lane);
+            if (lane == 0) scales[r] = scale;
+        }
+        if (rows > 1) __syncthreads();
+    }
+#pragma unroll 1
+    while (true) {
+        part.store(staged, pitch, scale, scales);
+        if (part.is_over()) break;
+        part.choose();
+        part.load();
+    }
+    __syncwarp();
+    note(a.trace, LLA_BLOCK_STAGED);
+
+    /* ---- the products; columns beyond the last row repeat it, and nobody looks at them ---- */
+    const uint32_t x = shared_address(staged + min(lane / 4, rows - 1) * pitch + k_first * LLA_TILE + lane % 4 * 2);
+    unsigned drain = 0, turn = 0;
+#pragma unroll 1
+    while (tile < ntiles) {
+        float acc[4] = {};
+#pragma unroll 1
+        for (unsigned k = 0; k < length; k += DEPTH) {
+            cp_async_wait<GROUPS - 1>();
+#pragma unroll
+            for (unsigned d = 0; d < DEPTH; d++) {
+                if (k + d >= length) break;
+                const uint32_t column = x + (k + d) * (LLA_TILE * sizeof(T));
+                mma_16816<T>(acc, load_shared_16(ring + drain + d * SLOT),
+                             make_uint2(load_shared_4(column), load_shared_4(column + 8 * sizeof(T))));
+            }
+            request();
+            drain = drain + DEPTH * SLOT == RING ? 0 : drain + DEPTH * SLOT;
+        }
+        /* the parts of K meet: c0, c1 of the fragment are rows g, columns 2t and 2t + 1; c2, c3 rows g + 8 */
+        float *to = sums + turn + (warp * 16 + lane / 4) * COLS + lane % 4 * 2;
+        *reinterpret_cast<float2 *>(to) = make_float2(acc[0], acc[1]);
+        *reinterpret_cast<float2 *>(to + 8 * COLS) = make_float2(acc[2], acc[3]);
+        __syncthreads();
+        const unsigned next = tile + gridDim.x;
+        if (is_mine) {
+            const float *from = sums + turn + my_g * COLS + my_col;
+            float low = from[0], high = from[8 * COLS];
+#pragma unroll
+            for (int w = 1; w < W; w++) {
+                low += from[w * 16 * COLS];
+                high += from[(w * 16 + 8) * COLS];
+            }
+            finish<T, E>(a, first + my_col, tile, my_g, low, high, slot, operands);
+            if (next < ntiles) operands = prepare<T, E, false>(a, first + my_col, next, my_g);
+        }
+        turn ^= W * 16 * COLS; /* the next tile's sums lie elsewhere: nobody waits for those who read these */
+        tile = next;
+    }
+    note(a.trace, LLA_BLOCK_ENDED);
 }
 
-/* Warps of a block: one for each part of K. */
-template <Epilogue E> size_t warps_for(const Linear &a) {
-    return (size_t)1 << part_bits<E>(a.k);
+template <class T, Epilogue E, int W, int GROUPS>
+lla_status launch_groups(const lla_cuda_ctx *ctx, const char *name, const Linear &a, bool *done) {
+    const size_t ntiles = tiles_of(a.n), rows = a.max_rows < COLS ? a.max_rows : COLS,
+                 sums = W * 16 * COLS * sizeof(float);
+    const size_t least = (size_t)GROUPS * DEPTH * 32 * W * 16 + sums + rows * (a.k + 8) * sizeof(T);
+    /* two blocks on an SM, where it has room for both and the kilobyte that each takes besides */
+    const size_t most = (size_t)ctx->sm_count * (2 * (least + sums + 1024) <= ctx->max_smem + 1024 ? 2 : 1);
+    const unsigned grid = (unsigned)(ntiles < most ? ntiles : most);
+    const size_t smem = least + (ntiles > grid ? sums : 0);
+    *done = smem <= ctx->max_smem;
+    if (!*done) return LLA_OK;
+    return launch(ctx, name, linear_kernel<T, E, W, GROUPS>, dim3(grid, (unsigned)((a.max_rows + COLS - 1) / COLS)),
+                  32 * W, smem, a);
 }
 
-/* Bytes of shared memory of a block, for the rows that the bucket can have. */
-template <class T, Epilogue E> size_t shared_bytes(const Linear &a, bool staged) {
-    const size_t pitch = tiles_of(a.k) * LLA_TILE + 16 / sizeof(T), rows = a.max_rows < COLS ? a.max_rows : COLS;
-    return warps_for<E>(a) * 16 * COLS * sizeof(float) + (staged ? rows * pitch * sizeof(T) : 0);
+/* The deepest ring that fits. Results do not depend on it. */
+template <class T, Epilogue E, int W>
+lla_status launch_few(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
+    bool done = false;
+    if constexpr (E == SWIGLU || E == STORE) LLA_TRY((launch_groups<T, E, W, STREAM_GROUPS>(ctx, name, a, &done)));
+    if (!done) LLA_TRY((launch_groups<T, E, W, TILE_GROUPS>(ctx, name, a, &done)));
+    if (!done) LLA_TRY((launch_groups<T, E, W, 2>(ctx, name, a, &done)));
+    return done ? LLA_OK : linear_any<T, E>(ctx, name, a);
 }
 
-template <class T, Epilogue E, bool STAGED>
-lla_status launch_linear(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
-    const size_t ntiles = a.half ? (a.n / 2 + 7) / 8 : tiles_of(a.n), smem = shared_bytes<T, E>(a, STAGED);
-    const bool deep = warps_for<E>(a) == 16;
-    const size_t resident = (size_t)ctx->sm_count * (!deep && smem <= ctx->max_smem / 2 ? 2 : 1);
-    const dim3 grid((unsigned)(ntiles < resident ? ntiles : resident), (unsigned)((a.max_rows + COLS - 1) / COLS));
-    if constexpr (E == ADD)
-        if (deep) return launch(ctx, name, linear_kernel<T, E, STAGED, 16>, grid, 512, smem, a);
-    return launch(ctx, name, linear_kernel<T, E, STAGED, 8>, grid, 256, smem, a);
-}
-
-/* A projection without a norm can do without shared memory. Results do not depend on any of it. */
 template <class T, Epilogue E> lla_status dispatch(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
-    if constexpr (!std::is_same<T, float>::value)
+    if constexpr (!std::is_same<T, float>::value) {
         if (has_many_rows<T>(a)) return linear_many<T, E>(ctx, name, a);
-    if (shared_bytes<T, E>(a, true) <= ctx->max_smem) return launch_linear<T, E, true>(ctx, name, a);
-    if (!a.norm) return launch_linear<T, ADD, false>(ctx, name, a);
-    return lla_fail(LLA_ELIMIT, "%s: eight rows of %zu elements do not fit in %zu bytes of shared memory", name, a.k,
-                    ctx->max_smem);
+        if (a.k % LLA_TILE == 0 && a.half % 8 == 0) {
+            if constexpr (E == ADD)
+                if (part_bits<E>(a.k) == 4) return launch_few<T, E, 16>(ctx, name, a);
+            return launch_few<T, E, 8>(ctx, name, a);
+        }
+    }
+    return linear_any<T, E>(ctx, name, a);
 }
 
 } // namespace
@@ -234,6 +234,7 @@ lla_status lla_cuda_qkv(const lla_cuda_ctx *ctx, const lla_qkv_args *args) {
     const lla_dims &d = ctx->dims;
     char *m = ctx->arena;
     Linear a = {};
+    a.trace = ctx->trace;
     a.header = (const lla_step_header *)(m + ctx->io.header);
     a.max_rows = ctx->rows;
     a.x = m + args->x;
@@ -263,6 +264,7 @@ lla_status lla_cuda_qkv(const lla_cuda_ctx *ctx, const lla_qkv_args *args) {
 lla_status lla_cuda_linear_add(const lla_cuda_ctx *ctx, const lla_linear_add_args *args) {
     if (lla_many_linear_add_takes(ctx, args)) return lla_many_linear_add(ctx, args);
     Linear a = {};
+    a.trace = ctx->trace;
     a.header = (const lla_step_header *)(ctx->arena + ctx->io.header);
     a.max_rows = ctx->rows;
     a.x = ctx->arena + args->in;
@@ -276,6 +278,7 @@ lla_status lla_cuda_linear_add(const lla_cuda_ctx *ctx, const lla_linear_add_arg
 lla_status lla_cuda_gate_up(const lla_cuda_ctx *ctx, const lla_gate_up_args *args) {
     if (lla_many_gate_up_takes(ctx)) return lla_many_gate_up(ctx, args);
     Linear a = {};
+    a.trace = ctx->trace;
     a.header = (const lla_step_header *)(ctx->arena + ctx->io.header);
     a.max_rows = ctx->rows;
     a.x = ctx->arena + args->x;
@@ -292,6 +295,7 @@ lla_status lla_cuda_gate_up(const lla_cuda_ctx *ctx, const lla_gate_up_args *arg
 
 lla_status lla_cuda_head(const lla_cuda_ctx *ctx, const lla_head_args *args) {
     Linear a = {};
+    a.trace = ctx->trace;
     a.header = (const lla_step_header *)(ctx->arena + ctx->io.header);
     a.max_rows = ctx->logits;
     a.by_logit = true;

@@ -24,6 +24,7 @@ struct Linear {
     const int32_t *positions, *row_seq, *table;
     void *q, *k_cache, *v_cache;
     size_t nhead, nkvhead, head_dim, kv_block, max_blocks;
+    lla_block_times *trace;
 };
 
 /* Row r of the step's activations is row source(r) of x. */
@@ -60,9 +61,9 @@ struct Slot {
 };
 
 __device__ __forceinline__ Slot slot_of(const Linear &a, size_t row) {
-    const size_t position = (size_t)a.positions[row];
-    const size_t block = (size_t)a.table[(size_t)a.row_seq[row] * a.max_blocks + position / a.kv_block];
-    return Slot{(block * a.nkvhead * a.kv_block + position % a.kv_block) * a.head_dim};
+    const unsigned position = (unsigned)a.positions[row], kv_block = (unsigned)a.kv_block; /* 32 bits divide faster */
+    const size_t block = (size_t)a.table[(size_t)a.row_seq[row] * a.max_blocks + position / kv_block];
+    return Slot{(block * a.nkvhead * kv_block + position % kv_block) * a.head_dim};
 }
 
 /* What an output needs beside its sums: bias, cosine and sine, or what it is added to. Requested before the product,
@@ -76,7 +77,7 @@ template <class T, Epilogue E, bool AHEAD>
 __device__ __forceinline__ Operands prepare(const Linear &a, size_t row, size_t tile, size_t g) {
     Operands p = {};
     if (E == QKV) {
-        const size_t pair = tile * 8 + g, head = pair / a.half, j = pair % a.half;
+        const unsigned pair = (unsigned)(tile * 8 + g), half = (unsigned)a.half, head = pair / half, j = pair % half;
         if (head >= a.nhead + 2 * a.nkvhead) return p;
         const T *bias = (const T *)a.bias + head * a.head_dim,
                 *rope = (const T *)a.rope + (size_t)a.positions[row] * a.head_dim;
@@ -102,7 +103,7 @@ template <class T, Epilogue E>
 __device__ __forceinline__ void finish(const Linear &a, size_t row, size_t tile, size_t g, float low, float high,
                                        const Slot &slot, const Operands &p) {
     if (E == QKV) {
-        const size_t pair = tile * 8 + g, half = a.half, head = pair / half, j = pair % half;
+        const unsigned pair = (unsigned)(tile * 8 + g), half = (unsigned)a.half, head = pair / half, j = pair % half;
         if (head >= a.nhead + 2 * a.nkvhead) return;
         low = rounded<T>(low + p.low);
         high = rounded<T>(high + p.high);
@@ -112,7 +113,7 @@ __device__ __forceinline__ void finish(const Linear &a, size_t row, size_t tile,
             to = (T *)a.q + (row * a.nhead + head) * a.head_dim;
         } else {
             const bool is_v = head >= a.nhead + a.nkvhead;
-            const size_t kvhead = (head - a.nhead) % a.nkvhead;
+            const size_t kvhead = head - a.nhead - (is_v ? a.nkvhead : 0);
             to = (T *)(is_v ? a.v_cache : a.k_cache) + slot.at + kvhead * a.kv_block * a.head_dim;
         }
         to[j] = from_float<T>(low);
@@ -131,6 +132,9 @@ __device__ __forceinline__ void finish(const Linear &a, size_t row, size_t tile,
 
 /* The product for many rows; see step_linear_many.cu. */
 template <class T, Epilogue E> lla_status linear_many(const lla_cuda_ctx *ctx, const char *name, const Linear &a);
+
+/* The product for shapes that the others do not take; see step_linear_any.cu. */
+template <class T, Epilogue E> lla_status linear_any(const lla_cuda_ctx *ctx, const char *name, const Linear &a);
 
 /* Whether linear_many() takes it: 16-bit elements, more than eight rows, rows that lie on 16 bytes. */
 template <class T> bool has_many_rows(const Linear &a) {

@@ -225,9 +225,10 @@ __global__ void __launch_bounds__(32 * MAX_WARPS, 1) many_kernel(const Linear a,
                 for (int c = 0; c < 4; c++) acc[n][c] = 0;
             }
             fence_shared_async();
-            if (reader && threadIdx.x == 0) mbarrier_expect(barrier, CLUSTER * box_bytes);
+            if (reader && threadIdx.x == 0) mbarrier_expect(barrier, (CLUSTER - 1) * box_bytes);
             __syncthreads();
-            if (threadIdx.x < CLUSTER && 8 * (threadIdx.x % NT) < rows)
+            /* its own box stays where it is: compute-sanitizer takes a copy to the block itself for an error */
+            if (threadIdx.x < CLUSTER && threadIdx.x != rank && 8 * (threadIdx.x % NT) < rows)
                 copy_to_cluster(inbox + rank * box_bytes, outbox + threadIdx.x * box_bytes, box_bytes, barrier,
                                 threadIdx.x);
             if (reader) mbarrier_wait(barrier, round++ & 1);
@@ -236,7 +237,8 @@ __global__ void __launch_bounds__(32 * MAX_WARPS, 1) many_kernel(const Linear a,
             if (mine) {
 #pragma unroll
                 for (unsigned p = 0; p < PARTS; p++) {
-                    const uint4 raw = load_shared_16(inbox + ((p * boxes + warp) * 32 + lane) * 16);
+                    const uint4 raw =
+                        load_shared_16((p / Q == rank ? outbox : inbox) + ((p * boxes + warp) * 32 + lane) * 16);
 #pragma unroll
                     for (int c = 0; c < 4; c++) {
                         const float v = reinterpret_cast<const float *>(&raw)[c];
@@ -289,8 +291,10 @@ lla_status launch_many(const lla_cuda_ctx *ctx, const char *name, const Linear &
                         (SPLIT ? 128 + 2 * CLUSTER * Q * ((s.slots * NT + CLUSTER - 1) / CLUSTER) * PIECE : 0);
     if (smem > ctx->max_smem) return LLA_OK;
     const dim3 grid(s.teams * (SPLIT ? CLUSTER : 1), (unsigned)((a.max_rows + 8 * NT - 1) / (8 * NT)));
+    const int threads = (int)(32 * Q * s.slots);
+    if (SPLIT && !cluster_fits(kernel, grid, threads, smem, CLUSTER)) return LLA_OK;
     *done = true;
-    return launch_clusters(ctx, name, kernel, grid, (int)(32 * Q * s.slots), smem, SPLIT ? CLUSTER : 1, a, s);
+    return launch_clusters(ctx, name, kernel, grid, threads, smem, SPLIT ? CLUSTER : 1, a, s);
 }
 
 /* Split where a tile a warp would leave most of the GPU idle, if the GPU has clusters. Four stages keep 54 to 72 KB of

@@ -19,11 +19,11 @@ template <class T> __device__ __forceinline__ float2 unpack_pair(uint32_t bits) 
 
 /* 1 / sqrt(mean(x^2) + eps) of a row x [k]; all lanes of a warp call it and get it. Lane l sums units l, l + 32, ... of
  * 16 bytes (elements where k is odd), then the lanes' sums meet in a butterfly. */
-template <class T> __device__ __forceinline__ float norm_scale(const T *x, size_t k, float eps, int lane) {
+template <class T> __device__ __forceinline__ float norm_scale(const T *x, unsigned k, float eps, unsigned lane) {
     constexpr int UNIT = 16 / sizeof(T), IN_FLIGHT = 6; /* elements of a 16-byte load, and loads at once */
     float sum = 0;
     if (k % UNIT == 0) {
-        for (size_t i = lane; i < k / UNIT; i += 32 * IN_FLIGHT) {
+        for (unsigned i = lane; i < k / UNIT; i += 32 * IN_FLIGHT) {
             uint4 v[IN_FLIGHT];
 #pragma unroll
             for (int j = 0; j < IN_FLIGHT; j++)
@@ -38,7 +38,7 @@ template <class T> __device__ __forceinline__ float norm_scale(const T *x, size_
                     }
         }
     } else {
-        for (size_t i = lane; i < k; i += 32) {
+        for (unsigned i = lane; i < k; i += 32) {
             const float v = to_float<T>(x[i]);
             sum = fmaf(v, v, sum);
         }

@@ -1,6 +1,7 @@
 /* The CUDA executor against the CPU's, node by node, with the same inputs and poisoned activations; and against itself:
  * the graph gives the bits of the single nodes, and a sequence's logits do not depend on the bucket or on the other
- * rows. Skips without a GPU. */
+ * rows. Skips without a GPU. The argument `quick` runs what a sanitizer can watch in a minute: every kernel of the step
+ * once, on small shapes, and captured graphs. */
 #include "../../engine/device.h"
 #include "../../engine/runner.h"
 #include "../../graph/exec_cuda.h"
@@ -46,10 +47,7 @@ static void fill(struct pair *p) {
     }
 }
 
-static bool make(struct pair *p, const struct lla_spec *spec, size_t max_seqs, size_t chunk) {
-    struct lla_limits limits = {
-        .max_seq = 700, .max_seqs = max_seqs, .kv_tokens = 700 * 4, .kv_block = 32, .prefill_chunk = chunk};
-    if (limits.kv_tokens < limits.max_seq) limits.kv_tokens = limits.max_seq;
+static bool make_with(struct pair *p, const struct lla_spec *spec, struct lla_limits limits) {
     const struct lla_shard whole = {0, 1};
     CHECK_INT(lla_runner_create(spec, &limits, whole, 0, 2, &p->cpu), LLA_OK);
     limits.device = LLAISYS_DEVICE_NVIDIA;
@@ -63,6 +61,13 @@ static bool make(struct pair *p, const struct lla_spec *spec, size_t max_seqs, s
     fill(p);
     CHECK_INT(lla_runner_ready(&p->gpu), LLA_OK);
     return true;
+}
+
+static bool make(struct pair *p, const struct lla_spec *spec, size_t max_seqs, size_t chunk) {
+    return make_with(
+        p, spec,
+        (struct lla_limits){
+            .max_seq = 700, .max_seqs = max_seqs, .kv_tokens = 700 * 4, .kv_block = 32, .prefill_chunk = chunk});
 }
 
 static void unmake(struct pair *p) {
@@ -109,8 +114,8 @@ struct sequence {
 };
 
 /* One step of the sequences on both, node by node: after each node its results are compared, and the CPU's are copied
- * to the GPU. */
-static void compare(struct pair *p, const struct sequence *seqs, size_t nseq, double bound) {
+ * to the GPU. `nlogit`: 0, or logits of every sequence's last row. */
+static void compare_logits(struct pair *p, const struct sequence *seqs, size_t nseq, size_t nlogit, double bound) {
     const struct lla_graph *c = &p->cpu.graph, *g = &p->gpu.graph;
     const struct lla_dims *d = &c->dims;
     const size_t e = lla_dtype_size(d->dtype);
@@ -118,7 +123,7 @@ static void compare(struct pair *p, const struct sequence *seqs, size_t nseq, do
     for (size_t i = 0; i < nseq; i++) rows += seqs[i].ntoken;
     for (int id = 0; id < LLA_B_COUNT; id++) { /* poison */
         if (id < LLA_B_X || id == LLA_B_LOGITS) continue;
-        const size_t n = c->plan.regions[0].nbytes ? compared(c, id, rows, nseq) * e : 0;
+        const size_t n = c->plan.regions[0].nbytes ? compared(c, id, rows, nlogit) * e : 0;
         if (!n) continue;
         char *bytes = malloc(n);
         memset(bytes, 0xff, n);
@@ -153,7 +158,7 @@ static void compare(struct pair *p, const struct sequence *seqs, size_t nseq, do
     }
     CHECK(block <= c->plan.nblock);
     header[0] = (int32_t)rows;
-    header[1] = (int32_t)nseq;
+    header[1] = (int32_t)nlogit;
     lla_exec_cuda_write(p->gpu.cuda, g->io.header, g->io.bias - g->io.header, p->cpu.arena + c->io.header);
     lla_exec_cuda_write(p->gpu.cuda, g->io.fed, d->max_seqs * sizeof *chosen, chosen);
     const size_t noted = c->plan.nblock * d->kv_block * sizeof(int32_t);
@@ -171,7 +176,7 @@ static void compare(struct pair *p, const struct sequence *seqs, size_t nseq, do
         CHECK_INT(status, LLA_OK);
         if (status) break;
         for (int id = 0; id < LLA_B_COUNT; id++) {
-            const size_t n = compared(c, id, rows, nseq);
+            const size_t n = compared(c, id, rows, nlogit);
             if (!n || !(program->nodes[i].writes >> id & 1)) continue;
             char *theirs = malloc(n * e), *ours = p->cpu.arena + c->offset[id];
             lla_exec_cuda_read(p->gpu.cuda, g->offset[id], n * e, theirs);
@@ -188,9 +193,14 @@ static void compare(struct pair *p, const struct sequence *seqs, size_t nseq, do
     lla_exec_cuda_read(p->gpu.cuda, g->io.kv_tokens, noted, kv_tokens);
     CHECK(!memcmp(kv_tokens, p->cpu.arena + c->io.kv_tokens, noted));
     free(kv_tokens);
-    int32_t next[64];
-    lla_exec_cuda_read(p->gpu.cuda, g->io.next, nseq * sizeof *next, next);
-    for (size_t i = 0; i < nseq; i++) CHECK_INT(next[i], ((int32_t *)(p->cpu.arena + c->io.next))[i]);
+    int32_t next[128];
+    CHECK(nlogit <= 128);
+    if (nlogit) lla_exec_cuda_read(p->gpu.cuda, g->io.next, nlogit * sizeof *next, next);
+    for (size_t i = 0; i < nlogit; i++) CHECK_INT(next[i], ((int32_t *)(p->cpu.arena + c->io.next))[i]);
+}
+
+static void compare(struct pair *p, const struct sequence *seqs, size_t nseq, double bound) {
+    compare_logits(p, seqs, nseq, nseq, bound);
 }
 
 static struct lla_spec shape(llaisysDataType_t dtype, size_t hidden, size_t nhead, size_t nkvhead, size_t head_dim,
@@ -209,6 +219,10 @@ static struct lla_spec shape(llaisysDataType_t dtype, size_t hidden, size_t nhea
                              .theta = 10000};
 }
 
+static double bound_of(llaisysDataType_t dtype) {
+    return dtype == LLAISYS_DTYPE_F32 ? 2e-5 : dtype == LLAISYS_DTYPE_F16 ? 4e-3 : 2e-2;
+}
+
 static void compare_shape(struct lla_spec spec) {
     static const struct sequence one[] = {{5, 1}}, deep[] = {{650, 1}}, three[] = {{0, 1}, {127, 1}, {128, 1}};
     static const struct sequence mixed[] = {{0, 20}, {300, 1}, {130, 12}}, prompt[] = {{100, 64}},
@@ -218,7 +232,7 @@ static void compare_shape(struct lla_spec spec) {
                                  large[] = {{128, 500}}, among[] = {{40, 90}, {650, 1}, {0, 140}};
     struct pair p;
     if (!make(&p, &spec, 3, 512)) return;
-    const double bound = spec.dtype == LLAISYS_DTYPE_F32 ? 2e-5 : spec.dtype == LLAISYS_DTYPE_F16 ? 4e-3 : 2e-2;
+    const double bound = bound_of(spec.dtype);
     compare(&p, one, 1, bound);
     compare(&p, deep, 1, bound);
     compare(&p, three, 3, bound);
@@ -250,23 +264,134 @@ TEST(nodes_f16_f32) {
     compare_shape(shape(LLAISYS_DTYPE_F32, 75, 5, 5, 32, 101, 77, false));
 }
 
-/* The logits of one sequence's prompt and some decode steps: alone, and among others in every bucket. */
-TEST(bits_do_not_depend_on_the_bucket) {
+/* More row tiles than the clusters take in one round. */
+TEST(nodes_hidden_3584) {
     need_gpu();
-    struct lla_spec spec = shape(LLAISYS_DTYPE_BF16, 512, 8, 2, 64, 1408, 3000, false);
+    compare_shape(shape(LLAISYS_DTYPE_BF16, 3584, 28, 4, 128, 1216, 300, false));
+}
+
+/* `count` sequences of `ntoken` tokens each behind 3, 4, 5, ... earlier ones. */
+static void compare_count(struct pair *p, size_t count, size_t ntoken, size_t nlogit, double bound) {
+    struct sequence seqs[128];
+    CHECK(count <= 128);
+    for (size_t i = 0; i < count && i < 128; i++) seqs[i] = (struct sequence){3 + i, ntoken};
+    compare_logits(p, seqs, count, nlogit, bound);
+}
+
+/* Steps in the middle of a prompt want no logits; a bucket that is no power of two. */
+TEST(nodes_without_logits_and_of_100_sequences) {
+    need_gpu();
+    struct lla_spec spec = shape(LLAISYS_DTYPE_BF16, 256, 6, 2, 64, 768, 1000, false);
     struct pair p;
-    if (!make(&p, &spec, 64, 64)) return;
+    const struct lla_limits limits = {
+        .max_seq = 256, .max_seqs = 100, .kv_tokens = 128 * 128, .kv_block = 16, .prefill_chunk = 256};
+    if (!make_with(&p, &spec, limits)) return;
+    const double bound = bound_of(spec.dtype);
+    compare_count(&p, 1, 40, 0, bound);
+    compare_count(&p, 1, 200, 0, bound);
+    compare_count(&p, 9, 1, 0, bound);
+    compare_count(&p, 12, 20, 0, bound);
+    static const size_t counts[] = {9, 63, 64, 65, 99, 100};
+    for (size_t i = 0; i < 6; i++) compare_count(&p, counts[i], 1, counts[i], bound);
+    compare_count(&p, 100, 2, 100, bound);
+    unmake(&p);
+}
+
+static void compare_kv_block(struct lla_spec spec, size_t kv_block) {
+    static const struct sequence one[] = {{255, 1}}, three[] = {{0, 1}, {256, 1}, {511, 1}},
+                                 mixed[] = {{200, 70}, {3, 1}};
+    struct pair p;
+    const struct lla_limits limits = {
+        .max_seq = 600, .max_seqs = 3, .kv_tokens = 1536, .kv_block = kv_block, .prefill_chunk = 128};
+    if (!make_with(&p, &spec, limits)) return;
+    const double bound = bound_of(spec.dtype);
+    compare(&p, one, 1, bound);
+    compare(&p, three, 3, bound);
+    compare(&p, mixed, 2, bound);
+    unmake(&p);
+}
+
+TEST(nodes_of_the_smallest_and_largest_kv_blocks) {
+    need_gpu();
+    for (size_t kv_block = 1; kv_block <= 256; kv_block *= 256) {
+        compare_kv_block(shape(LLAISYS_DTYPE_BF16, 256, 4, 2, 64, 768, 500, true), kv_block);
+        compare_kv_block(shape(LLAISYS_DTYPE_F16, 256, 6, 1, 128, 328, 500, true), kv_block);
+        compare_kv_block(shape(LLAISYS_DTYPE_F32, 72, 3, 1, 24, 101, 77, true), kv_block);
+    }
+}
+
+/* Attention over more than 64 splits of 64 tokens. */
+static void compare_long(struct lla_spec spec) {
+    static const struct sequence one[] = {{4800, 1}}, three[] = {{4095, 1}, {10, 1}, {4096, 1}},
+                                 mixed[] = {{4500, 20}, {100, 1}}, chunk[] = {{4700, 70}};
+    struct pair p;
+    const struct lla_limits limits = {
+        .max_seq = 5000, .max_seqs = 3, .kv_tokens = 9600, .kv_block = 32, .prefill_chunk = 128};
+    spec.max_position = 8192;
+    if (!make_with(&p, &spec, limits)) return;
+    const double bound = bound_of(spec.dtype);
+    compare(&p, one, 1, bound);
+    compare(&p, three, 3, bound);
+    compare(&p, mixed, 2, bound);
+    compare(&p, chunk, 1, bound);
+    unmake(&p);
+}
+
+TEST(nodes_of_a_long_context) {
+    need_gpu();
+    compare_long(shape(LLAISYS_DTYPE_BF16, 256, 12, 2, 128, 512, 300, true));
+    compare_long(shape(LLAISYS_DTYPE_F16, 128, 14, 1, 64, 328, 300, true));
+    compare_long(shape(LLAISYS_DTYPE_F32, 72, 3, 1, 24, 101, 77, true));
+}
+
+/* Every kernel of the step, on small shapes. */
+TEST(quick_nodes) {
+    need_gpu();
+    static const struct sequence one[] = {{70, 1}}, few[] = {{0, 7}, {66, 2}, {130, 1}}, prompt[] = {{60, 40}},
+                                 chunk[] = {{61, 70}}, large[] = {{3, 200}, {0, 1}};
+    static const struct {
+        llaisysDataType_t dtype;
+        size_t hidden, nhead, nkvhead, head_dim, ffn;
+    } shapes[] = {{LLAISYS_DTYPE_BF16, 256, 4, 2, 64, 328},
+                  {LLAISYS_DTYPE_BF16, 128, 6, 1, 128, 4160},
+                  {LLAISYS_DTYPE_F16, 128, 2, 1, 64, 200},
+                  {LLAISYS_DTYPE_F16, 100, 3, 1, 24, 101},
+                  {LLAISYS_DTYPE_F32, 72, 3, 1, 16, 101}};
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        struct lla_spec spec = shape(shapes[i].dtype, shapes[i].hidden, shapes[i].nhead, shapes[i].nkvhead,
+                                     shapes[i].head_dim, shapes[i].ffn, 77, i % 2);
+        struct pair p;
+        const struct lla_limits limits = {
+            .max_seq = 256, .max_seqs = 3, .kv_tokens = 768, .kv_block = 16, .prefill_chunk = 256};
+        spec.nlayer = 1;
+        if (!make_with(&p, &spec, limits)) return;
+        const double bound = bound_of(spec.dtype);
+        compare(&p, one, 1, bound);
+        compare(&p, few, 3, bound);
+        compare(&p, prompt, 1, bound);
+        compare(&p, chunk, 1, bound);
+        compare(&p, large, 2, bound);
+        unmake(&p);
+    }
+}
+
+/* The logits of one sequence's prompt and some decode steps: alone, and among others in every bucket. */
+static void compare_buckets(struct lla_spec spec, size_t max_batch) {
+    struct pair p;
+    if (!make(&p, &spec, max_batch, 64)) return;
     enum { PROMPT = 40, NEW = 6 };
     const size_t vocab = spec.vocab;
     float *alone = malloc(NEW * vocab * sizeof *alone), *among = malloc(vocab * sizeof *among);
-    int64_t prompt[PROMPT], others[64][2], first = 0;
+    int64_t prompt[PROMPT], others[128][2], first = 0;
     for (int i = 0; i < PROMPT; i++) prompt[i] = draw() % vocab;
-    int32_t blocks[64][8];
-    for (int s = 0; s < 64; s++)
+    int32_t blocks[128][8];
+    for (int s = 0; s < 128; s++)
         for (int b = 0; b < 8; b++) blocks[s][b] = s == 0 ? 1 + b : 9 + s % 64;
-    for (size_t batch = 1; batch <= 64; batch = batch < 4 ? batch + 1 : batch * 2) {
-        struct lla_step_seq seqs[64];
-        int64_t next[64], token = 0;
+    for (size_t batch = 1, then; batch <= max_batch; batch = then) {
+        then = batch < 4 ? batch + 1 : batch * 2;
+        if (batch < max_batch && then > max_batch) then = max_batch; /* a bucket of its own */
+        struct lla_step_seq seqs[128];
+        int64_t next[128], token = 0;
         for (size_t done = 0; done < PROMPT; done += batch == 2 ? 7 : PROMPT) {
             const size_t n = batch == 2 && PROMPT - done > 7 ? 7 : PROMPT - done;
             seqs[0] = (struct lla_step_seq){.slot = 0,
@@ -308,6 +433,18 @@ TEST(bits_do_not_depend_on_the_bucket) {
     free(alone);
     free(among);
     unmake(&p);
+}
+
+TEST(bits_do_not_depend_on_the_bucket) {
+    need_gpu();
+    compare_buckets(shape(LLAISYS_DTYPE_BF16, 512, 8, 2, 64, 1408, 3000, false), 64);
+    compare_buckets(shape(LLAISYS_DTYPE_BF16, 512, 8, 2, 64, 1408, 3000, false), 100);
+    compare_buckets(shape(LLAISYS_DTYPE_F16, 240, 10, 2, 24, 584, 1000, true), 48);
+}
+
+TEST(quick_graphs) {
+    need_gpu();
+    compare_buckets(shape(LLAISYS_DTYPE_BF16, 128, 4, 1, 64, 328, 300, false), 12);
 }
 
 enum { LONG_PROMPT = 300 };
@@ -364,27 +501,33 @@ static void compare_chunks(struct lla_spec spec, const size_t (*chunks)[8], size
 }
 
 static const struct {
+    llaisysDataType_t dtype;
     size_t hidden, nhead, nkvhead, head_dim, ffn;
-} chunked_shapes[] = {{512, 8, 2, 64, 1408}, {384, 6, 1, 128, 4160}, {200, 14, 2, 64, 584}};
+} chunked_shapes[] = {{LLAISYS_DTYPE_BF16, 512, 8, 2, 64, 1408},
+                      {LLAISYS_DTYPE_BF16, 384, 6, 1, 128, 4160},
+                      {LLAISYS_DTYPE_BF16, 200, 14, 2, 64, 584},
+                      {LLAISYS_DTYPE_F16, 384, 28, 2, 128, 1408},
+                      {LLAISYS_DTYPE_F16, 256, 28, 2, 64, 4160}};
+
+static void compare_all_chunks(const size_t (*chunks)[8], size_t count) {
+    for (size_t i = 0; i < sizeof chunked_shapes / sizeof *chunked_shapes; i++)
+        compare_chunks(shape(chunked_shapes[i].dtype, chunked_shapes[i].hidden, chunked_shapes[i].nhead,
+                             chunked_shapes[i].nkvhead, chunked_shapes[i].head_dim, chunked_shapes[i].ffn, 1000, false),
+                       chunks, count);
+}
 
 /* In chunks that are all computed by the kernels for many rows. */
 TEST(bits_do_not_depend_on_large_chunks) {
     need_gpu();
     static const size_t chunks[][8] = {{65, 170, 65}, {100}, {150}, {233, 67}};
-    for (size_t i = 0; i < 3; i++)
-        compare_chunks(shape(LLAISYS_DTYPE_BF16, chunked_shapes[i].hidden, chunked_shapes[i].nhead,
-                             chunked_shapes[i].nkvhead, chunked_shapes[i].head_dim, chunked_shapes[i].ffn, 1000, false),
-                       chunks, 4);
+    compare_all_chunks(chunks, 4);
 }
 
 /* In chunks for the kernels for few rows, too. */
 TEST(bits_do_not_depend_on_small_chunks) {
     need_gpu();
     static const size_t chunks[][8] = {{64}, {7}, {200, 1}, {1, 150, 20}};
-    for (size_t i = 0; i < 3; i++)
-        compare_chunks(shape(LLAISYS_DTYPE_BF16, chunked_shapes[i].hidden, chunked_shapes[i].nhead,
-                             chunked_shapes[i].nkvhead, chunked_shapes[i].head_dim, chunked_shapes[i].ffn, 1000, false),
-                       chunks, 4);
+    compare_all_chunks(chunks, 4);
 }
 
 RUN_TESTS()

@@ -95,6 +95,25 @@ def test_index_out_of_range(device):
             assert out_.is_unchanged()
 
 
+def test_index_out_of_range_among_many(device):
+    """The first of several is named wherever it stands, nothing is written, and the next call works."""
+    n, voc, d = 70001, 300, 24
+    weight = random_values((voc, d), "bf16")
+    weight_ = to_llaisys(weight, device)
+    for places in ((0,), (n - 1,), (50123, 50124), (69000, 3333, 40000)):
+        index = random_index(n, voc)
+        check_embedding(index, weight, device)
+        for i, place in enumerate(places):
+            index[place] = voc + i
+        out_ = Placed(random_values((n, d), "bf16"), device)
+        first = min(places)
+        expect_error(
+            lambda o=out_, i=index: llaisys.Ops.embedding(o.tensor, to_llaisys(i, device), weight_),
+            f"index[{first}] is {index[first]}",
+        )
+        assert out_.is_unchanged()
+
+
 def test_refusals(device):
     check_refusals(
         device,

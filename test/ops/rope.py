@@ -74,6 +74,36 @@ def test_upstream_shapes(device):
             check_values(values, positions, dtype, device, 10000.0, ("dense",) * 3, expected)
 
 
+def test_against_f32_angles(device):
+    """As LLAISYS's own test: angles in f32, as PyTorch computes them on the device, and its tolerance."""
+    where = torch_device(device)
+    for shape, (start, end) in SHAPES:
+        half = shape[-1] // 2
+        x, positions = torch.rand(shape), torch.arange(start, end)
+        exponents = 2 * torch.arange(half, dtype=torch.float32, device=where) / shape[-1]
+        turned = positions.to(where).float()[:, None] / 10000.0**exponents
+        cos, sin = turned.cos()[:, None], turned.sin()[:, None]
+        a, b = x.to(where).split(half, dim=-1)
+        expected = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        out_ = to_llaisys(torch.zeros_like(x), device)
+        x_, positions_ = to_llaisys(x, device), to_llaisys(positions, device)
+        llaisys.Ops.rope(out_, x_, positions_, 10000.0)
+        assert_close(to_torch(out_), expected.cpu(), 1e-4, 1e-4, f"rope {shape}, angles in f32")
+
+
+def test_angles_are_the_cpus(device):
+    """Angles below 1024 are rounded to f32 once on every device: what is left are roundings of cos, sin and products."""
+    positions = torch.tensor([0, 1, 2, 511, 777, 1000, 1022, 1023, 1024, 1025, 4095, 99991, 131071])
+    for d, theta in ((4096, 10000.0), (128, 1000000.0), (64, 2.0)):
+        x = random_values((len(positions), 2, d), "f32")
+        found = {}
+        for name in {"cpu", device}:
+            out_ = to_llaisys(torch.zeros_like(x), name)
+            llaisys.Ops.rope(out_, to_llaisys(x, name), to_llaisys(positions, name), theta)
+            found[name] = to_torch(out_)
+        assert_close(found[device], found["cpu"].double(), 3e-6, 0.0, f"rope {d} {theta}")
+
+
 def test_shapes(device):
     odd = [(1, 1, 2), (1, 3, 6), (5, 1, 10), (7, 2, 64), (3, 12, 128), (2, 5, 254), (9, 7, 34)]
     empty = [(0, 2, 4), (2, 0, 4), (2, 3, 0)]
