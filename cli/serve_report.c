@@ -10,9 +10,14 @@ static double ratio(double a, double b) {
     return b > 0 ? a / b : 0;
 }
 
-/* Of the time in which there was work, what the device spent without a step. */
+static double idle_seconds(const struct LlaisysEngineStats *s) {
+    return s->device_s > 0 ? s->host_s + s->step_s - s->device_s : s->host_s;
+}
+
+/* Of the time in which there was work, what the device spent without a step. A GPU's own clock says what it spent in
+ * steps, so that copies of a step's inputs and results count as idle. */
 static double idle_share(const struct LlaisysEngineStats *s) {
-    return ratio(s->host_s, s->host_s + s->step_s);
+    return ratio(idle_seconds(s), s->host_s + s->step_s);
 }
 
 static void print_spread(const char *name, const struct serve_spread *s) {
@@ -35,8 +40,10 @@ void serve_print_text(const struct serve_options *o, const struct serve_report *
     printf("steps     %llu of %.3f ms and %.1f rows on average, at most %zu requests at once\n",
            (unsigned long long)s->steps, ratio(1e3 * s->step_s, (double)s->steps),
            ratio((double)s->rows, (double)s->steps), r->most_running);
-    printf("host      %.1f us between steps (%.1f us of a core), %.2f%% of the time with work\n",
-           ratio(1e6 * s->host_s, (double)s->steps), ratio(1e6 * s->host_cpu_s, (double)s->steps), 100 * idle_share(s));
+    printf("host      %.1f us between steps (%.1f us of a core)\n", ratio(1e6 * s->host_s, (double)s->steps),
+           ratio(1e6 * s->host_cpu_s, (double)s->steps));
+    printf("device    idle for %.1f us a step, %.2f%% of the time with work\n",
+           ratio(1e6 * idle_seconds(s), (double)s->steps), 100 * idle_share(s));
     printf("cache     %.1f%% of %llu prompt tokens found, %llu preemptions, %llu evictions, queue full %zu times\n",
            100 * ratio((double)s->cached_tokens, (double)s->prompt_tokens), (unsigned long long)s->prompt_tokens,
            (unsigned long long)s->preemptions, (unsigned long long)s->evictions, r->refused);
@@ -64,8 +71,10 @@ void serve_print_json(const struct serve_options *o, const struct serve_report *
     printf(" \"steps\": %llu, \"step_ms\": %.4f, \"rows_per_step\": %.2f, \"most_running\": %zu,\n",
            (unsigned long long)s->steps, ratio(1e3 * s->step_s, (double)s->steps),
            ratio((double)s->rows, (double)s->steps), r->most_running);
-    printf(" \"host_us_per_step\": %.3f, \"host_cpu_us_per_step\": %.3f, \"idle_share\": %.6f,\n",
-           ratio(1e6 * s->host_s, (double)s->steps), ratio(1e6 * s->host_cpu_s, (double)s->steps), idle_share(s));
+    printf(" \"host_us_per_step\": %.3f, \"host_cpu_us_per_step\": %.3f, \"device_idle_us_per_step\": %.3f, "
+           "\"idle_share\": %.6f,\n",
+           ratio(1e6 * s->host_s, (double)s->steps), ratio(1e6 * s->host_cpu_s, (double)s->steps),
+           ratio(1e6 * idle_seconds(s), (double)s->steps), idle_share(s));
     printf(" \"cache_hit_rate\": %.4f, \"cached_tokens\": %llu, \"preemptions\": %llu, \"evictions\": %llu, "
            "\"queue_full\": %zu,\n",
            ratio((double)s->cached_tokens, (double)s->prompt_tokens), (unsigned long long)s->cached_tokens,

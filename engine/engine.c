@@ -141,10 +141,24 @@ fail:
     return status;
 }
 
-/* The runner is synchronous: all of a step happens while it is waited for. */
+/* On a GPU a step is started, and the next one behind it; on the CPU all of a step happens while it is waited for. */
+static lla_status launch_step(void *runner, const struct lla_step *step) {
+    return lla_runner_launch(runner, step->seqs, step->feed, step->nseq);
+}
+
+static lla_status wait_step(void *runner, const struct lla_step *step, int64_t *next) {
+    for (size_t i = 0; i < step->nseq; i++)
+        if (!step->who[i]) step->seqs[i].logprobs = NULL; /* its memory may be another request's by now */
+    return lla_runner_wait(runner, step->seqs, step->nseq, next);
+}
+
 static lla_status run_step(void *runner, const struct lla_step *step, int64_t *next) {
     return lla_runner_step(runner, step->seqs, step->nseq, next);
 }
+
+_Static_assert((int)LLAISYS_MAX_LOGIT_BIAS <= (int)LLA_MAX_BIAS &&
+                   1 + (int)LLAISYS_MAX_LOGPROBS <= (int)LLA_MAX_LOGPROB,
+               "what a request may ask for has room in a step");
 
 lla_status lla_engine_create_over(struct lla_runner *runner, const struct LlaisysEngineOptions *o,
                                   struct LlaisysEngine **out) {
@@ -166,7 +180,14 @@ lla_status lla_engine_create_over(struct lla_runner *runner, const struct Llaisy
         .max_logprobs = o->max_logprobs < 0 ? 0
                         : o->max_logprobs   ? (size_t)o->max_logprobs
                                             : LLAISYS_MAX_LOGPROBS};
-    const lla_status status = lla_engine_create(&config, (struct lla_executor){.wait = run_step, .arg = runner}, out);
+    struct lla_executor executor = {.wait = run_step, .arg = runner};
+    if (runner->cuda)
+        executor = (struct lla_executor){.launch = launch_step,
+                                         .wait = wait_step,
+                                         .arg = runner,
+                                         .overlaps = true,
+                                         .device_seconds = &runner->device_seconds};
+    const lla_status status = lla_engine_create(&config, executor, out);
     if (status)
         free_runner(runner);
     else

@@ -21,7 +21,8 @@ struct lla_executor {
     /* Returns when the step is done, with the tokens that it chose [nseq]. */
     lla_status (*wait)(void *arg, const struct lla_step *step, int64_t *next);
     void *arg;
-    bool overlaps; /* launch takes a step while the one before is in flight, and heeds step->feed */
+    bool overlaps;                /* launch takes a step while the one before is in flight, and heeds step->feed */
+    const double *device_seconds; /* what the device has spent in steps that were waited for; NULL: nobody knows */
 };
 
 struct lla_request {

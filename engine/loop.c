@@ -145,6 +145,7 @@ void *lla_engine_loop(void *engine) {
         e->stats.host_s += 1e-9 * (double)(begun - host_from);
         e->stats.host_cpu_s += 1e-9 * (double)(cpu_until - cpu_from);
         e->stats.step_s += 1e-9 * (double)(ended - begun);
+        if (executor->device_seconds) e->stats.device_s = *executor->device_seconds;
         host_from = ended, cpu_from = cpu_ended;
         had_none = e->ring_count == 0;
         if (status) {

@@ -38,7 +38,12 @@ static lla_status create_cpu(struct lla_runner *r) {
     LLA_TRY(lla_plan_fit(&r->graph.plan, lla_memory_available()));
     LLA_TRY(lla_arena_alloc(r->graph.plan.total, &r->arena));
     lla_graph_init_arena(&r->graph, r->arena);
-    r->inputs = r->base = r->arena;
+    r->base = r->arena;
+    for (size_t i = 0; i < 2; i++) {
+        r->flights[i].inputs = r->arena;
+        r->flights[i].chosen = calloc(r->graph.dims.max_seqs, sizeof *r->flights[i].chosen);
+        LLA_REQUIRE(r->flights[i].chosen, LLA_ENOMEM, "no memory for %zu tokens", r->graph.dims.max_seqs);
+    }
     return LLA_OK;
 }
 
@@ -48,15 +53,25 @@ static lla_status create_cuda(struct lla_runner *r, int device_id) {
     LLA_TRY(lla_exec_cuda_available(device_id, &available));
     LLA_TRY(lla_plan_fit(&r->graph.plan, available));
     LLA_TRY(lla_exec_cuda_create(&r->graph, device_id, &r->cuda));
-    r->inputs = lla_exec_cuda_inputs(r->cuda);
     r->base = lla_exec_cuda_arena(r->cuda);
-    const size_t vocab = r->graph.dims.vocab;
-    r->candidates = malloc(vocab * sizeof *r->candidates);
-    r->logits_row = malloc(vocab * lla_dtype_size(r->graph.dims.dtype));
-    LLA_REQUIRE(r->candidates && r->logits_row, LLA_ENOMEM, "no memory to draw from a vocabulary of %zu", vocab);
+    for (size_t i = 0; i < 2; i++) {
+        r->flights[i].inputs = lla_exec_cuda_inputs(r->cuda, i);
+        r->flights[i].chosen = (int32_t *)(r->flights[i].inputs + r->graph.io.next);
+    }
+    r->logits_row = malloc(r->graph.dims.vocab * lla_dtype_size(r->graph.dims.dtype));
+    LLA_REQUIRE(r->logits_row, LLA_ENOMEM, "no memory for logits of a vocabulary of %zu", r->graph.dims.vocab);
     return LLA_OK;
 }
 #endif
+
+static lla_status create_host(struct lla_runner *r) {
+    const size_t seqs = r->graph.dims.max_seqs;
+    r->stamps = calloc(seqs, sizeof *r->stamps);
+    for (size_t i = 0; i < 2; i++) r->flights[i].logit = calloc(seqs, sizeof *r->flights[i].logit);
+    LLA_REQUIRE(r->stamps && r->flights[0].logit && r->flights[1].logit, LLA_ENOMEM, "no memory for %zu sequences",
+                seqs);
+    return LLA_OK;
+}
 
 lla_status lla_runner_create(const struct lla_spec *spec, const struct lla_limits *limits, struct lla_shard shard,
                              int device_id, int nthread, struct lla_runner *runner) {
@@ -64,6 +79,7 @@ lla_status lla_runner_create(const struct lla_spec *spec, const struct lla_limit
     lla_status status;
     LLA_TRY(lla_graph_make(spec, limits, shard, &runner->graph));
     LLA_TRY_GOTO(status, lla_crew_create(nthread > 0 ? (size_t)nthread : 0, &runner->crew), fail);
+    LLA_TRY_GOTO(status, create_host(runner), fail);
     const double start = now();
     if (limits->device == LLAISYS_DEVICE_CPU)
         status = create_cpu(runner);
@@ -86,10 +102,14 @@ fail:
 }
 
 void lla_runner_destroy(struct lla_runner *runner) {
+    for (size_t i = 0; i < 2; i++) {
+        if (runner->arena) free(runner->flights[i].chosen);
+        free(runner->flights[i].logit);
+    }
 #ifdef LLA_CUDA
     lla_exec_cuda_destroy(runner->cuda);
 #endif
-    free(runner->candidates);
+    free(runner->stamps);
     free(runner->logits_row);
     lla_crew_destroy(runner->crew);
     for (size_t i = 0; i < runner->nprogram; i++) lla_program_free(&runner->programs[i]);
@@ -119,41 +139,64 @@ lla_status lla_runner_ready(struct lla_runner *r) {
     return LLA_OK;
 }
 
-/* What a draw reads beside the logits. */
+/* ---- what a step may ask for ---- */
+
+/* What a draw reads beside the logits. The CPU is given the known tokens; a GPU has noted them itself. */
 static lla_status check_draw(const struct lla_runner *r, const struct lla_step_seq *s) {
     const size_t vocab = r->graph.dims.vocab, nknown = s->position0 + s->ntoken;
     const struct lla_sampling_row *how = &s->sampling;
     LLA_REQUIRE((how->nbias >= 0 && (s->bias || !how->nbias)) && how->nlogprob >= 0 && (s->logprobs || !how->nlogprob),
                 LLA_EINVAL, "%d biases or %d log-probabilities without memory for them", how->nbias, how->nlogprob);
+    LLA_REQUIRE(how->nbias <= LLA_MAX_BIAS && how->nlogprob <= LLA_MAX_LOGPROB, LLA_EINVAL,
+                "%d biases and %d log-probabilities, expected at most %d and %d", how->nbias, how->nlogprob,
+                LLA_MAX_BIAS, LLA_MAX_LOGPROB);
     for (int32_t i = 0; i < how->nbias; i++)
         LLA_REQUIRE(s->bias[i].token >= 0 && (size_t)s->bias[i].token < vocab, LLA_EINVAL,
                     "bias of token %d, expected an id from 0 to %zu", s->bias[i].token, vocab - 1);
     if (!lla_has_penalty(how)) return LLA_OK;
-    LLA_REQUIRE(s->known && s->nprompt <= nknown, LLA_EINVAL,
+    LLA_REQUIRE((s->known || r->cuda) && s->nprompt <= nknown, LLA_EINVAL,
                 "penalties need the sequence's %zu tokens, of which %zu would be the prompt's", nknown, s->nprompt);
-    for (size_t i = 0; i < nknown; i++)
+    for (size_t i = 0; i < nknown && !r->cuda; i++)
         LLA_REQUIRE(s->known[i] >= 0 && (uint64_t)s->known[i] < vocab, LLA_EINVAL,
                     "known token %zu is %lld, expected an id from 0 to %zu", i, (long long)s->known[i], vocab - 1);
     return LLA_OK;
 }
 
-static lla_status check(const struct lla_runner *r, const struct lla_step_seq *seqs, size_t nseq, size_t *rows,
-                        size_t *logits) {
+/* The entry's tokens: known, or one that the step before chooses. */
+static lla_status check_tokens(const struct lla_runner *r, const struct lla_step_seq *s, int32_t feed) {
+    const size_t vocab = r->graph.plan.spec.vocab;
+    if (feed < 0) {
+        for (size_t j = 0; j < s->ntoken; j++)
+            LLA_REQUIRE(s->tokens[j] >= 0 && (uint64_t)s->tokens[j] < vocab, LLA_EINVAL,
+                        "token %zu is %lld, expected an id from 0 to %zu", j, (long long)s->tokens[j], vocab - 1);
+        return LLA_OK;
+    }
+    LLA_REQUIRE(s->ntoken == 1 && s->tokens[0] == -1, LLA_EINVAL,
+                "%zu tokens, the first %lld, of an entry that takes the choice of entry %d: expected one, -1",
+                s->ntoken, (long long)s->tokens[0], feed);
+    LLA_REQUIRE(r->launched && (size_t)feed < r->graph.dims.max_seqs &&
+                    r->flights[(r->launched - 1) % 2].logit[feed] >= 0,
+                LLA_EINVAL, "entry %d of the step before has chosen no token", feed);
+    return LLA_OK;
+}
+
+static lla_status check(struct lla_runner *r, const struct lla_step_seq *seqs, const int32_t *feed, size_t nseq,
+                        size_t *rows, size_t *logits) {
     const struct lla_dims *d = &r->graph.dims;
     const struct lla_plan *plan = &r->graph.plan;
     *rows = *logits = 0;
+    r->stamp++;
     for (size_t i = 0; i < nseq; i++) {
         const struct lla_step_seq *s = &seqs[i];
         LLA_REQUIRE(s->slot < d->max_seqs, LLA_EINVAL, "sequence slot %zu, expected less than %zu", s->slot,
                     d->max_seqs);
+        LLA_REQUIRE(r->stamps[s->slot] != r->stamp, LLA_EINVAL, "sequence slot %zu stands twice in a step", s->slot);
+        r->stamps[s->slot] = r->stamp;
         LLA_REQUIRE(s->ntoken > 0, LLA_EINVAL, "a step needs at least one token of each sequence");
         LLA_REQUIRE(s->position0 <= plan->limits.max_seq && s->ntoken <= plan->limits.max_seq - s->position0,
                     LLA_ELIMIT, "%zu tokens behind %zu exceed the sequence limit of %zu tokens", s->ntoken,
                     s->position0, plan->limits.max_seq);
-        for (size_t j = 0; j < s->ntoken; j++)
-            LLA_REQUIRE(s->tokens[j] >= 0 && (uint64_t)s->tokens[j] < plan->spec.vocab, LLA_EINVAL,
-                        "token %zu is %lld, expected an id from 0 to %zu", j, (long long)s->tokens[j],
-                        plan->spec.vocab - 1);
+        LLA_TRY(check_tokens(r, s, feed ? feed[i] : -1));
         const size_t blocks = (s->position0 + s->ntoken + d->kv_block - 1) / d->kv_block;
         for (size_t b = 0; b < blocks; b++)
             LLA_REQUIRE(s->blocks[b] > 0 && (size_t)s->blocks[b] < plan->nblock, LLA_EINVAL,
@@ -165,131 +208,173 @@ static lla_status check(const struct lla_runner *r, const struct lla_step_seq *s
     LLA_REQUIRE(nseq > 0 && nseq <= d->max_seqs, LLA_ELIMIT, "a step of %zu sequences, the plan allows 1 to %zu", nseq,
                 d->max_seqs);
     LLA_REQUIRE(*rows <= d->max_rows, LLA_ELIMIT, "a step of %zu rows, the plan allows 1 to %zu", *rows, d->max_rows);
-    for (size_t i = 1; i < nseq; i++)
-        for (size_t j = 0; j < i; j++)
-            LLA_REQUIRE(seqs[i].slot != seqs[j].slot, LLA_EINVAL, "sequence slot %zu stands twice in a step",
-                        seqs[i].slot);
     return LLA_OK;
 }
 
-/* ---- drawing ---- */
+/* ---- drawing on the CPU ---- */
 
 struct draws {
     struct lla_runner *runner;
     const struct lla_step_seq *seqs;
     size_t nseq, nthread;
-    lla_status status;
 };
 
 static const struct lla_sampling_row *sampling_rows(const struct lla_runner *r) {
-    return (const struct lla_sampling_row *)(r->inputs + r->graph.io.sampling);
+    return (const struct lla_sampling_row *)(r->arena + r->graph.io.sampling);
 }
 
-/* The logits of a row, and scratch for a draw: on the CPU where they lie, each row with its own, so that threads can
- * draw at once; for a GPU one row at a time on the host. */
-static lla_status fetch(struct lla_runner *r, size_t row, const void **logits, struct lla_candidate **scratch) {
-    const size_t vocab = r->graph.dims.vocab, row_bytes = vocab * lla_dtype_size(r->graph.dims.dtype);
-    const size_t offset = r->graph.offset[LLA_B_LOGITS] + row * row_bytes;
-    if (r->arena) {
-        *logits = r->arena + offset;
-        *scratch = (struct lla_candidate *)(r->arena + r->graph.offset[LLA_B_CANDIDATES]) + row * vocab;
-        return LLA_OK;
-    }
-    *logits = r->logits_row;
-    *scratch = r->candidates;
-#ifdef LLA_CUDA
-    return lla_exec_cuda_read(r->cuda, offset, row_bytes, r->logits_row);
-#else
-    return LLA_OK;
-#endif
-}
-
-/* The thread's share of the rows that want more than the largest logit. */
+/* The thread's share of the rows that want more than the largest logit, each with its own scratch. */
 static void draw_rows(void *arg, size_t rank) {
-    struct draws *d = arg;
-    struct lla_runner *r = d->runner;
-    int32_t *next = (int32_t *)(r->inputs + r->graph.io.next);
+    const struct draws *d = arg;
+    const struct lla_graph *g = &d->runner->graph;
+    char *arena = d->runner->arena;
+    const size_t vocab = g->dims.vocab, row_bytes = vocab * lla_dtype_size(g->dims.dtype);
+    int32_t *next = (int32_t *)(arena + g->io.next);
     size_t row = 0, drawn = 0;
     for (size_t i = 0; i < d->nseq; i++) {
         const struct lla_step_seq *s = &d->seqs[i];
         if (!s->want_next) continue;
-        const struct lla_sampling_row *how = &sampling_rows(r)[row];
-        if (!lla_is_plain(how) && drawn++ % d->nthread == rank) {
-            struct lla_draw draw = {.dtype = r->graph.dims.dtype,
-                                    .n = r->graph.dims.vocab,
-                                    .how = how,
-                                    .known = s->known,
-                                    .nknown = s->position0 + s->ntoken,
-                                    .nprompt = s->nprompt,
-                                    .bias = s->bias,
-                                    .logprobs = s->logprobs};
-            const lla_status status = fetch(r, row, &draw.logits, &draw.scratch);
-            if (status)
-                d->status = status; /* one thread alone reads from a GPU */
-            else
-                next[row] = lla_cpu_draw(&draw);
-        }
+        const struct lla_sampling_row *how = &sampling_rows(d->runner)[row];
+        if (!lla_is_plain(how) && drawn++ % d->nthread == rank)
+            next[row] = lla_cpu_draw(&(struct lla_draw){
+                .dtype = g->dims.dtype,
+                .n = vocab,
+                .logits = arena + g->offset[LLA_B_LOGITS] + row * row_bytes,
+                .how = how,
+                .known = s->known,
+                .nknown = s->position0 + s->ntoken,
+                .nprompt = s->nprompt,
+                .bias = s->bias,
+                .mask = s->mask,
+                .scratch = (struct lla_candidate *)(arena + g->offset[LLA_B_CANDIDATES]) + row * vocab,
+                .logprobs = s->logprobs});
         row++;
     }
 }
 
 /* The program has taken the largest logit of each row; rows that want more are drawn here, from the same logits. */
-static lla_status draw(struct lla_runner *r, const struct lla_step_seq *seqs, size_t nseq, size_t logits) {
+static void draw(struct lla_runner *r, const struct lla_step_seq *seqs, size_t nseq, size_t logits) {
     struct draws d = {.runner = r, .seqs = seqs, .nseq = nseq, .nthread = 1};
     size_t count = 0;
     for (size_t i = 0; i < logits; i++) count += !lla_is_plain(&sampling_rows(r)[i]);
-    if (!count) return LLA_OK;
-    if (r->arena && count > 1) {
+    if (!count) return;
+    if (count > 1) {
         d.nthread = lla_crew_size(r->crew);
         lla_crew_run(r->crew, draw_rows, &d);
     } else {
         draw_rows(&d, 0);
     }
-    return d.status;
 }
 
-lla_status lla_runner_step(struct lla_runner *r, const struct lla_step_seq *seqs, size_t nseq, int64_t *next) {
-    size_t rows, logits;
-    LLA_TRY(check(r, seqs, nseq, &rows, &logits));
+/* ---- the step ---- */
+
+/* How much of the step's regions of changing length is in use. */
+struct extent {
+    size_t nbias, nmask;
+};
+
+/* How the row behind the entry's last token chooses. What it points to follows for a GPU, which has no other access;
+ * the CPU reads it where it is. */
+static void put_sampling(const struct lla_runner *r, char *inputs, const struct lla_step_seq *s,
+                         struct lla_sampling_row *row, struct extent *used) {
+    const struct lla_io *io = &r->graph.io;
+    const size_t words = (r->graph.dims.vocab + 31) / 32;
+    *row = s->sampling;
+    row->position = (int32_t)(s->position0 + s->ntoken - 1);
+    row->nprompt = (int32_t)s->nprompt;
+    row->first_bias = (int32_t)used->nbias;
+    row->mask = s->mask ? 1 + (int32_t)used->nmask : 0;
+    if (r->cuda && row->nbias)
+        memcpy((struct lla_bias *)(inputs + io->bias) + used->nbias, s->bias, (size_t)row->nbias * sizeof *s->bias);
+    if (r->cuda && s->mask)
+        memcpy((uint32_t *)(inputs + io->mask) + used->nmask * words, s->mask, words * sizeof *s->mask);
+    used->nbias += (size_t)row->nbias;
+    used->nmask += s->mask != NULL;
+}
+
+/* Writes the step region. */
+static void put_inputs(const struct lla_runner *r, struct lla_flight *flight, const struct lla_step_seq *seqs,
+                       const int32_t *feed, size_t nseq, struct extent *used) {
     const struct lla_io *io = &r->graph.io;
     const struct lla_dims *d = &r->graph.dims;
-    int32_t *tokens = (int32_t *)(r->inputs + io->tokens), *positions = (int32_t *)(r->inputs + io->positions);
-    int32_t *row_seq = (int32_t *)(r->inputs + io->row_seq), *logit_rows = (int32_t *)(r->inputs + io->logit_rows);
-    int32_t *table = (int32_t *)(r->inputs + io->block_table);
-    struct lla_sampling_row *sampling = (struct lla_sampling_row *)(r->inputs + io->sampling);
-    *(struct lla_step_header *)(r->inputs + io->header) = (struct lla_step_header){(int32_t)rows, (int32_t)logits};
-
-    size_t row = 0, logit = 0;
+    char *inputs = flight->inputs;
+    const int32_t *before = r->flights[(r->launched + 1) % 2].logit; /* of the step before this one */
+    int32_t *tokens = (int32_t *)(inputs + io->tokens), *positions = (int32_t *)(inputs + io->positions);
+    int32_t *row_seq = (int32_t *)(inputs + io->row_seq), *logit_rows = (int32_t *)(inputs + io->logit_rows);
+    int32_t *table = (int32_t *)(inputs + io->block_table);
+    struct lla_sampling_row *sampling = (struct lla_sampling_row *)(inputs + io->sampling);
+    int32_t row = 0, logit = 0;
+    flight->has_odds = false;
     for (size_t i = 0; i < nseq; i++) {
         const struct lla_step_seq *s = &seqs[i];
         const size_t blocks = (s->position0 + s->ntoken + d->kv_block - 1) / d->kv_block;
         memcpy(table + s->slot * d->max_blocks, s->blocks, blocks * sizeof *table);
         for (size_t j = 0; j < s->ntoken; j++, row++) {
-            tokens[row] = (int32_t)s->tokens[j];
+            tokens[row] = feed && feed[i] >= 0 ? ~before[feed[i]] : (int32_t)s->tokens[j];
             positions[row] = (int32_t)(s->position0 + j);
             row_seq[row] = (int32_t)s->slot;
         }
+        flight->logit[i] = s->want_next ? logit : -1;
         if (!s->want_next) continue;
-        logit_rows[logit] = (int32_t)row - 1;
-        sampling[logit] = s->sampling;
-        sampling[logit++].position = (int32_t)(s->position0 + s->ntoken - 1);
+        logit_rows[logit] = row - 1;
+        put_sampling(r, inputs, s, &sampling[logit++], used);
+        flight->has_odds |= s->sampling.nlogprob > 0;
     }
+    *(struct lla_step_header *)(inputs + io->header) = (struct lla_step_header){row, logit};
+}
 
+lla_status lla_runner_launch(struct lla_runner *r, const struct lla_step_seq *seqs, const int32_t *feed, size_t nseq) {
+    size_t rows, logits;
+    LLA_REQUIRE(r->launched - r->waited < 2, LLA_EINVAL, "a third step was launched while two are in flight");
+    LLA_TRY(check(r, seqs, feed, nseq, &rows, &logits));
+    struct lla_flight *flight = &r->flights[r->launched % 2];
+    struct extent used = {0};
+    put_inputs(r, flight, seqs, feed, nseq, &used);
     size_t bucket = 0;
     while (r->programs[bucket].rows < rows || r->programs[bucket].logits < logits) bucket++;
     const struct lla_program *program = &r->programs[bucket];
 #ifdef LLA_CUDA
-    if (r->cuda)
-        LLA_TRY(lla_exec_cuda_run(r->cuda, bucket));
-    else
+    if (r->cuda) {
+        const struct lla_cuda_step step = {.program = bucket,
+                                           .mirror = r->launched % 2,
+                                           .nlogit = logits,
+                                           .nbias = used.nbias,
+                                           .nmask = used.nmask,
+                                           .wants_odds = flight->has_odds};
+        LLA_TRY(lla_exec_cuda_launch(r->cuda, &step));
+        r->launched++;
+        return LLA_OK;
+    }
 #endif
-        lla_exec_cpu(program, r->arena, r->crew, 0, program->nnode);
-    LLA_TRY(draw(r, seqs, nseq, logits));
-
-    const int32_t *chosen = (const int32_t *)(r->inputs + io->next);
-    logit = 0;
-    for (size_t i = 0; i < nseq; i++) next[i] = seqs[i].want_next ? chosen[logit++] : -1;
+    lla_exec_cpu(program, r->arena, r->crew, 0, program->nnode);
+    draw(r, seqs, nseq, logits);
+    memcpy(flight->chosen, r->arena + r->graph.io.next, logits * sizeof *flight->chosen);
+    r->launched++;
     return LLA_OK;
+}
+
+lla_status lla_runner_wait(struct lla_runner *r, const struct lla_step_seq *seqs, size_t nseq, int64_t *next) {
+    LLA_REQUIRE(r->launched > r->waited, LLA_EINVAL, "no step is in flight");
+    const struct lla_flight *flight = &r->flights[r->waited % 2];
+    r->waited++; /* whatever comes of it */
+#ifdef LLA_CUDA
+    if (r->cuda) LLA_TRY(lla_exec_cuda_wait(r->cuda, (r->waited - 1) % 2, &r->device_seconds));
+    if (r->cuda && flight->has_odds) {
+        const struct lla_odds *odds = (const struct lla_odds *)(flight->inputs + r->graph.io.odds);
+        for (size_t i = 0; i < nseq; i++)
+            if (flight->logit[i] >= 0 && seqs[i].logprobs && seqs[i].sampling.nlogprob)
+                lla_finish_logprobs(&odds[flight->logit[i]], (size_t)seqs[i].sampling.nlogprob, seqs[i].logprobs);
+    }
+#endif
+    (void)seqs;
+    for (size_t i = 0; i < nseq; i++) next[i] = flight->logit[i] < 0 ? -1 : flight->chosen[flight->logit[i]];
+    return LLA_OK;
+}
+
+lla_status lla_runner_step(struct lla_runner *r, const struct lla_step_seq *seqs, size_t nseq, int64_t *next) {
+    LLA_REQUIRE(r->launched == r->waited, LLA_EINVAL, "a step is in flight");
+    LLA_TRY(lla_runner_launch(r, seqs, NULL, nseq));
+    return lla_runner_wait(r, seqs, nseq, next);
 }
 
 lla_status lla_runner_logits(struct lla_runner *r, size_t i, float *logits) {

@@ -1,6 +1,10 @@
 /* runner.h: an arena with its programs: takes a step's rows, runs the smallest bucket that holds them, returns the
  * tokens.
  *
+ * A step may be launched while the one before is in flight: launch(a), launch(b), wait(a), launch(c), wait(b), ... A
+ * GPU then goes from one to the next by itself; the CPU does all of a step's work in launch. A sequence may go on from
+ * a token that only the device knows yet (feed).
+ *
  * All memory is taken by lla_runner_create; a step allocates nothing. One thread at a time. */
 #ifndef LLA_RUNNER_H
 #define LLA_RUNNER_H
@@ -10,14 +14,24 @@
 
 enum { LLA_MAX_BUCKETS = 24 };
 
+/* A step between launch and wait. */
+struct lla_flight {
+    char *inputs;    /* where the host writes the step region, and reads its results: offsets of the arena apply */
+    int32_t *logit;  /* [max_seqs]: the logit row of each entry; -1: it wants none */
+    int32_t *chosen; /* [max_seqs]: the tokens by logit row */
+    bool has_odds;
+};
+
 struct lla_runner {
     struct lla_graph graph;
-    char *base;                       /* the arena, wherever it lies */
-    char *arena;                      /* host memory; NULL where the arena lies on a GPU */
-    struct lla_exec_cuda *cuda;       /* the GPU's executor; NULL on the CPU */
-    char *inputs;                     /* where the host writes the step region: offsets of the arena apply */
-    struct lla_candidate *candidates; /* [vocab], for tokens that are drawn on the host for a GPU */
-    void *logits_row;                 /* [vocab], likewise */
+    char *base;                   /* the arena, wherever it lies */
+    char *arena;                  /* host memory; NULL where the arena lies on a GPU */
+    struct lla_exec_cuda *cuda;   /* the GPU's executor; NULL on the CPU */
+    struct lla_flight flights[2]; /* of steps by their number */
+    uint64_t launched, waited;    /* steps */
+    uint64_t *stamps, stamp;      /* [max_seqs]: by slot, the last step that was checked and had it */
+    void *logits_row;             /* [vocab], for logits that are read from a GPU */
+    double device_seconds;        /* what a GPU has spent in steps that have been waited for; 0 on the CPU */
     struct lla_crew *crew;
     struct lla_program programs[LLA_MAX_BUCKETS]; /* by rows, ascending */
     size_t nprogram;
@@ -39,6 +53,7 @@ struct lla_step_seq {
     size_t nprompt;                 /* of these, the prompt's */
     const struct lla_bias *bias;    /* [sampling.nbias] */
     struct lla_candidate *logprobs; /* [sampling.nlogprob], written by the step: as struct lla_draw */
+    const uint32_t *mask;           /* [ceil(vocab / 32)] words, a set bit allows the token; NULL: all are allowed */
 };
 
 /* nthread 0: one CPU thread a core. */
@@ -53,11 +68,21 @@ lla_status lla_runner_store(struct lla_runner *runner, const struct lla_weight *
 /* Makes the programs ready to run; after the weights, before the first step. */
 lla_status lla_runner_ready(struct lla_runner *runner);
 
-/* Runs one step. next [nseq]: the chosen token of each sequence that wants one, else -1. Refuses what the plan does not
- * hold, before anything is changed. */
+/* Starts a step, and has read all that it points to when it returns. feed [nseq], or NULL: the entry of the step
+ * launched before this one whose choice is the entry's only token, in place of a -1 that stands there; -1: the tokens
+ * are known. (On the CPU a fed entry has no penalties.) At most one other step is in flight. Refuses what the plan does
+ * not hold, before anything is changed. */
+lla_status lla_runner_launch(struct lla_runner *runner, const struct lla_step_seq *seqs, const int32_t *feed,
+                             size_t nseq);
+
+/* Waits for the first step in flight, launched with these entries; an entry's logprobs may be NULL by now: nobody wants
+ * them any more. next [nseq]: the chosen token of each sequence that wants one, else -1. */
+lla_status lla_runner_wait(struct lla_runner *runner, const struct lla_step_seq *seqs, size_t nseq, int64_t *next);
+
+/* Runs one step, while none is in flight: launch and wait. */
 lla_status lla_runner_step(struct lla_runner *runner, const struct lla_step_seq *seqs, size_t nseq, int64_t *next);
 
-/* Logits of the i-th sequence that wanted a next token in the last step, as f32 [vocab]. */
+/* Logits of the i-th sequence that wanted a next token in the step launched last, as f32 [vocab]. */
 lla_status lla_runner_logits(struct lla_runner *runner, size_t i, float *logits);
 
 #endif

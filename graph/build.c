@@ -11,9 +11,10 @@ _Static_assert(LLA_B_COUNT <= 32, "bit sets of buffers are 32 bits wide");
 
 /* In the order of enum lla_buf. */
 static const char *const buffer_names[LLA_B_COUNT] = {
-    "header",  "tokens",   "positions",  "row_seq", "block_table", "logit_rows",  "sampling",  "next",
-    "arrived", "rope",     "k_cache",    "v_cache", "x",           "attn_normed", "qkv",       "q",
-    "partial", "attn_out", "mlp_normed", "act",     "head_normed", "logits",      "candidates"};
+    "header",    "tokens",   "positions",  "row_seq", "block_table", "logit_rows", "sampling",
+    "bias",      "mask",     "next",       "odds",    "twin",        "arrived",    "rope",
+    "kv_tokens", "k_cache",  "v_cache",    "x",       "attn_normed", "qkv",        "q",
+    "partial",   "attn_out", "mlp_normed", "act",     "head_normed", "logits",     "candidates"};
 
 struct builder {
     const struct lla_graph *graph;
@@ -45,10 +46,18 @@ static void declare_all(const struct lla_plan *p, const struct lla_dims *d, stru
     declare(b, LLA_B_BLOCK_TABLE, LLA_R_STEP, seqs, d->max_blocks, 4, "i32");
     declare(b, LLA_B_LOGIT_ROWS, LLA_R_STEP, seqs, 1, 4, "i32");
     declare(b, LLA_B_SAMPLING, LLA_R_STEP, seqs, 1, sizeof(struct lla_sampling_row), "sampling");
+    const bool is_cpu = p->limits.device == LLAISYS_DEVICE_CPU; /* which draws from the host's own memory */
+    declare(b, LLA_B_BIAS, LLA_R_STEP, is_cpu ? 1 : seqs, is_cpu ? 1 : LLA_MAX_BIAS, sizeof(struct lla_bias), "bias");
+    declare(b, LLA_B_MASK, LLA_R_STEP, is_cpu ? 1 : seqs, is_cpu ? 1 : (d->vocab + 31) / 32, 4, "u32");
     declare(b, LLA_B_NEXT, LLA_R_STEP, seqs, 1, 4, "i32");
+    declare(b, LLA_B_ODDS, LLA_R_STEP, is_cpu ? 1 : seqs, 1, sizeof(struct lla_odds), "odds");
+    size_t twin = 0;
+    for (int id = LLA_B_HEADER; id <= LLA_B_ODDS; id++) twin += (b[id].nbytes + LLA_ALIGN - 1) / LLA_ALIGN * LLA_ALIGN;
+    declare(b, LLA_B_TWIN, LLA_R_STEP, 1, 1, is_cpu ? 1 : twin, "header to odds again");
     declare(b, LLA_B_ARRIVED, LLA_R_STEP, rows, d->nkvhead, 4, "i32");
     declare(b, LLA_B_ROPE, LLA_R_TABLE, p->limits.max_seq, d->head_dim, e, type);
 
+    declare(b, LLA_B_KV_TOKENS, LLA_R_KV, p->nblock, d->kv_block, 4, "i32");
     for (int i = 0; i < 2; i++) {
         struct lla_buffer *c = declare(b, LLA_B_K_CACHE + i, LLA_R_KV, layers * p->nblock * d->kv_block, kv, e, type);
         snprintf(c->shape, sizeof c->shape, "[%zu, %zu, %zu, %zu, %zu] %s", layers, p->nblock, d->nkvhead, d->kv_block,
@@ -84,8 +93,9 @@ static void node(struct builder *b, struct lla_node node) {
 static void embed(struct builder *b) {
     node(b, (struct lla_node){.op = LLA_OP_EMBED,
                               .name = "embed",
-                              .reads = BIT(HEADER) | BIT(TOKENS),
-                              .writes = BIT(X),
+                              .reads = BIT(HEADER) | BIT(TOKENS) | BIT(POSITIONS) | BIT(ROW_SEQ) | BIT(BLOCK_TABLE) |
+                                       BIT(NEXT) | BIT(TWIN),
+                              .writes = BIT(X) | BIT(KV_TOKENS),
                               .embed = {.weight = w(b, LLA_W_EMBED, 0), .x = b->graph->offset[LLA_B_X]}});
 }
 
@@ -163,8 +173,9 @@ static void head(struct builder *b) {
                                        .logits = at[LLA_B_LOGITS]}});
     node(b, (struct lla_node){.op = LLA_OP_SAMPLE,
                               .name = "sample",
-                              .reads = BIT(HEADER) | BIT(LOGITS) | BIT(SAMPLING),
-                              .writes = BIT(CANDIDATES) | BIT(NEXT),
+                              .reads = BIT(HEADER) | BIT(LOGITS) | BIT(LOGIT_ROWS) | BIT(ROW_SEQ) | BIT(BLOCK_TABLE) |
+                                       BIT(SAMPLING) | BIT(BIAS) | BIT(MASK) | BIT(KV_TOKENS),
+                              .writes = BIT(CANDIDATES) | BIT(ARRIVED) | BIT(NEXT) | BIT(ODDS),
                               .sample = {.logits = at[LLA_B_LOGITS], .candidates = at[LLA_B_CANDIDATES]}});
 }
 
@@ -240,6 +251,7 @@ lla_status lla_graph_make(const struct lla_spec *spec, const struct lla_limits *
     for (int id = 0; id < LLA_B_COUNT; id++) graph->offset[id] = buffers[id].offset;
     graph->kv_layer_stride = buffers[LLA_B_K_CACHE].nbytes / spec->nlayer;
     const size_t *at = graph->offset;
+    graph->twin = resolved.device == LLAISYS_DEVICE_CPU ? 0 : at[LLA_B_TWIN] - at[LLA_B_HEADER];
     graph->io = (struct lla_io){.header = at[LLA_B_HEADER],
                                 .tokens = at[LLA_B_TOKENS],
                                 .positions = at[LLA_B_POSITIONS],
@@ -247,8 +259,13 @@ lla_status lla_graph_make(const struct lla_spec *spec, const struct lla_limits *
                                 .block_table = at[LLA_B_BLOCK_TABLE],
                                 .logit_rows = at[LLA_B_LOGIT_ROWS],
                                 .sampling = at[LLA_B_SAMPLING],
+                                .bias = at[LLA_B_BIAS],
+                                .mask = at[LLA_B_MASK],
                                 .next = at[LLA_B_NEXT],
-                                .arrived = at[LLA_B_ARRIVED]};
+                                .odds = at[LLA_B_ODDS],
+                                .fed = at[LLA_B_NEXT] + graph->twin,
+                                .arrived = at[LLA_B_ARRIVED],
+                                .kv_tokens = at[LLA_B_KV_TOKENS]};
     return LLA_OK;
 }
 

@@ -20,11 +20,18 @@ struct lla_exec_cuda {
     const lla_graph *graph;
     lla_cuda_ctx ctx;
     int device_id;
-    cudaStream_t stream;
-    char *mirror;               /* pinned: the step region's inputs and the chosen tokens */
-    size_t inputs, input_bytes; /* the inputs' offset in the arena, and their size */
+    cudaStream_t stream, up, down; /* of the programs, and of the copies to the device and back */
+    lla_io io[2];                  /* of each step region */
+    char *mirrors[2];              /* pinned: the step region, from its header to its results */
+    size_t inputs, input_bytes;    /* the offset in the arena of what every step brings, and its size */
+    struct {
+        cudaEvent_t there;        /* the inputs are on the device */
+        cudaEvent_t begun, ended; /* around the program */
+        cudaEvent_t back;         /* the results are in the mirror */
+    } events[2];
+    size_t latest;              /* the mirror of the step launched last */
     char *staging;              /* device: rows of a weight on their way into packed form */
-    cudaGraphExec_t graphs[64];
+    cudaGraphExec_t graphs[64]; /* of program i over region m: 2 i + m */
     size_t ngraph;
 };
 
@@ -44,6 +51,16 @@ lla_status lla_exec_cuda_available(int device_id, size_t *nbytes) {
     return LLA_OK;
 }
 
+/* Where the other step region lies. */
+static lla_io twin_of(const lla_graph *g) {
+    lla_io io = g->io;
+    for (size_t *offset : {&io.header, &io.tokens, &io.positions, &io.row_seq, &io.block_table, &io.logit_rows,
+                           &io.sampling, &io.bias, &io.mask, &io.next, &io.odds})
+        *offset += g->twin;
+    io.fed = g->io.next;
+    return io;
+}
+
 static lla_status create(lla_exec_cuda *exec) {
     const lla_graph *g = exec->graph;
     LLA_TRY(use(exec));
@@ -52,18 +69,27 @@ static lla_status create(lla_exec_cuda *exec) {
     CUDA_TRY(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, exec->device_id));
     CUDA_TRY(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, exec->device_id));
     CUDA_TRY(cudaDeviceGetAttribute(&smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, exec->device_id));
-    CUDA_TRY(cudaStreamCreateWithFlags(&exec->stream, cudaStreamNonBlocking));
+    for (cudaStream_t *stream : {&exec->stream, &exec->up, &exec->down})
+        CUDA_TRY(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking));
     CUDA_TRY(cudaMalloc((void **)&exec->ctx.arena, g->plan.total));
     CUDA_TRY(cudaMemsetAsync(exec->ctx.arena, 0, g->plan.total, exec->stream));
 
-    /* step inputs lie together, from the header to the sampling parameters, with the chosen tokens behind */
+    /* from the header to the sampling parameters; biases, masks and results lie behind */
     exec->inputs = g->io.header;
-    exec->input_bytes = g->offset[LLA_B_NEXT] - g->io.header;
-    CUDA_TRY(cudaMallocHost((void **)&exec->mirror, exec->input_bytes + g->dims.max_seqs * sizeof(int32_t)));
-    memset(exec->mirror, 0, exec->input_bytes + g->dims.max_seqs * sizeof(int32_t));
+    exec->input_bytes = g->io.bias - g->io.header;
+    const size_t mirror_bytes = g->twin;
+    for (int i = 0; i < 2; i++) {
+        CUDA_TRY(cudaMallocHost((void **)&exec->mirrors[i], mirror_bytes));
+        memset(exec->mirrors[i], 0, mirror_bytes);
+        CUDA_TRY(cudaEventCreate(&exec->events[i].begun));
+        CUDA_TRY(cudaEventCreate(&exec->events[i].ended));
+        CUDA_TRY(cudaEventCreateWithFlags(&exec->events[i].there, cudaEventDisableTiming));
+        CUDA_TRY(cudaEventCreateWithFlags(&exec->events[i].back, cudaEventDisableTiming));
+    }
 
     exec->ctx.dims = g->dims;
-    exec->ctx.io = g->io;
+    exec->ctx.io = exec->io[0] = g->io;
+    exec->io[1] = twin_of(g);
     exec->ctx.sm_count = sms;
     exec->ctx.compute = 10 * major + minor;
     exec->ctx.max_smem = (size_t)smem;
@@ -103,12 +129,19 @@ lla_status lla_exec_cuda_create(const lla_graph *graph, int device_id, lla_exec_
 void lla_exec_cuda_destroy(lla_exec_cuda *exec) {
     if (!exec) return;
     cudaSetDevice(exec->device_id);
-    if (exec->stream) cudaStreamSynchronize(exec->stream);
+    for (cudaStream_t stream : {exec->up, exec->stream, exec->down})
+        if (stream) cudaStreamSynchronize(stream);
     for (size_t i = 0; i < exec->ngraph; i++) cudaGraphExecDestroy(exec->graphs[i]);
     cudaFree(exec->staging);
     cudaFree(exec->ctx.arena);
-    cudaFreeHost(exec->mirror);
-    if (exec->stream) cudaStreamDestroy(exec->stream);
+    for (int i = 0; i < 2; i++) {
+        cudaFreeHost(exec->mirrors[i]);
+        for (cudaEvent_t event :
+             {exec->events[i].there, exec->events[i].begun, exec->events[i].ended, exec->events[i].back})
+            if (event) cudaEventDestroy(event);
+    }
+    for (cudaStream_t stream : {exec->up, exec->stream, exec->down})
+        if (stream) cudaStreamDestroy(stream);
     free(exec);
 }
 
@@ -146,10 +179,11 @@ lla_status lla_exec_cuda_store(lla_exec_cuda *exec, const lla_weight *w, size_t 
     return LLA_OK;
 }
 
-/* Puts nodes [first, last) into the stream, but for ops in the bit set `skip`. */
-static lla_status issue(lla_exec_cuda *exec, const lla_program *program, size_t first, size_t last, bool pdl,
+/* Puts nodes [first, last) into the stream, over step region m, but for ops in the bit set `skip`. */
+static lla_status issue(lla_exec_cuda *exec, const lla_program *program, size_t m, size_t first, size_t last, bool pdl,
                         unsigned skip) {
     lla_cuda_ctx ctx = exec->ctx;
+    ctx.io = exec->io[m];
     ctx.rows = program->rows;
     ctx.logits = program->logits;
     for (size_t i = first; i < last; i++) {
@@ -173,24 +207,30 @@ static lla_status issue(lla_exec_cuda *exec, const lla_program *program, size_t 
 
 lla_status lla_exec_cuda_nodes(lla_exec_cuda *exec, const lla_program *program, size_t first, size_t last) {
     LLA_TRY(use(exec));
-    LLA_TRY(issue(exec, program, first, last, false, 0));
+    LLA_TRY(issue(exec, program, 0, first, last, false, 0));
     CUDA_TRY(cudaStreamSynchronize(exec->stream));
     return LLA_OK;
 }
 
-static lla_status record(lla_exec_cuda *exec, const lla_program *program, unsigned skip) {
-    CUDA_TRY(cudaMemcpyAsync(exec->ctx.arena + exec->inputs, exec->mirror, exec->input_bytes, cudaMemcpyHostToDevice,
-                             exec->stream));
-    LLA_TRY(issue(exec, program, 0, program->nnode, exec->ctx.pdl, skip));
-    CUDA_TRY(cudaMemcpyAsync(exec->mirror + exec->input_bytes, exec->ctx.arena + exec->ctx.io.next,
-                             program->logits * sizeof(int32_t), cudaMemcpyDeviceToHost, exec->stream));
+/* Copies part of a step region to the device, or back; offset: of the first region. */
+static lla_status bring(lla_exec_cuda *exec, size_t m, size_t offset, size_t nbytes) {
+    CUDA_TRY(cudaMemcpyAsync(exec->ctx.arena + offset + m * exec->graph->twin,
+                             exec->mirrors[m] + (offset - exec->inputs), nbytes, cudaMemcpyHostToDevice, exec->up));
     return LLA_OK;
 }
 
-static lla_status capture(lla_exec_cuda *exec, const lla_program *program, unsigned skip, cudaGraphExec_t *out) {
+static lla_status bring_back(lla_exec_cuda *exec, size_t m, size_t offset, size_t nbytes) {
+    CUDA_TRY(cudaMemcpyAsync(exec->mirrors[m] + (offset - exec->inputs),
+                             exec->ctx.arena + offset + m * exec->graph->twin, nbytes, cudaMemcpyDeviceToHost,
+                             exec->down));
+    return LLA_OK;
+}
+
+static lla_status capture(lla_exec_cuda *exec, const lla_program *program, size_t m, unsigned skip,
+                          cudaGraphExec_t *out) {
     cudaGraph_t graph = NULL;
     CUDA_TRY(cudaStreamBeginCapture(exec->stream, cudaStreamCaptureModeThreadLocal));
-    const lla_status status = record(exec, program, skip);
+    const lla_status status = issue(exec, program, m, 0, program->nnode, exec->ctx.pdl, skip);
     const cudaError_t ended = cudaStreamEndCapture(exec->stream, &graph);
     if (status) {
         cudaGraphDestroy(graph);
@@ -208,8 +248,8 @@ lla_status lla_exec_cuda_capture(lla_exec_cuda *exec, const lla_program *program
     LLA_TRY(use(exec));
     cudaFree(exec->staging);
     exec->staging = NULL;
-    for (size_t i = 0; i < count; i++) {
-        LLA_TRY(capture(exec, &programs[i], 0, &exec->graphs[exec->ngraph]));
+    for (size_t i = 0; i < 2 * count; i++) {
+        LLA_TRY(capture(exec, &programs[i / 2], i % 2, 0, &exec->graphs[i]));
         exec->ngraph++;
     }
     CUDA_TRY(cudaStreamSynchronize(exec->stream));
@@ -220,14 +260,38 @@ char *lla_exec_cuda_arena(lla_exec_cuda *exec) {
     return exec->ctx.arena;
 }
 
-char *lla_exec_cuda_inputs(lla_exec_cuda *exec) {
-    return exec->mirror - exec->inputs;
+char *lla_exec_cuda_inputs(lla_exec_cuda *exec, size_t mirror) {
+    return exec->mirrors[mirror] - exec->inputs;
 }
 
-lla_status lla_exec_cuda_run(lla_exec_cuda *exec, size_t program) {
+/* Nothing holds up the copies to the device: the step that had the region before has been waited for. */
+lla_status lla_exec_cuda_launch(lla_exec_cuda *exec, const lla_cuda_step *step) {
     LLA_TRY(use(exec));
-    CUDA_TRY(cudaGraphLaunch(exec->graphs[program], exec->stream));
-    CUDA_TRY(cudaStreamSynchronize(exec->stream));
+    const lla_io *io = &exec->graph->io;
+    const size_t m = step->mirror, mask_bytes = (exec->ctx.dims.vocab + 31) / 32 * sizeof(uint32_t);
+    const auto &events = exec->events[m];
+    LLA_TRY(bring(exec, m, exec->inputs, exec->input_bytes));
+    if (step->nbias) LLA_TRY(bring(exec, m, io->bias, step->nbias * sizeof(lla_bias)));
+    if (step->nmask) LLA_TRY(bring(exec, m, io->mask, step->nmask * mask_bytes));
+    CUDA_TRY(cudaEventRecord(events.there, exec->up));
+    CUDA_TRY(cudaStreamWaitEvent(exec->stream, events.there, 0));
+    CUDA_TRY(cudaEventRecord(events.begun, exec->stream));
+    CUDA_TRY(cudaGraphLaunch(exec->graphs[2 * step->program + m], exec->stream));
+    CUDA_TRY(cudaEventRecord(events.ended, exec->stream));
+    CUDA_TRY(cudaStreamWaitEvent(exec->down, events.ended, 0));
+    if (step->nlogit) LLA_TRY(bring_back(exec, m, io->next, step->nlogit * sizeof(int32_t)));
+    if (step->wants_odds) LLA_TRY(bring_back(exec, m, io->odds, step->nlogit * sizeof(lla_odds)));
+    CUDA_TRY(cudaEventRecord(events.back, exec->down));
+    exec->latest = m;
+    return LLA_OK;
+}
+
+lla_status lla_exec_cuda_wait(lla_exec_cuda *exec, size_t mirror, double *seconds) {
+    LLA_TRY(use(exec));
+    float ms;
+    CUDA_TRY(cudaEventSynchronize(exec->events[mirror].back));
+    CUDA_TRY(cudaEventElapsedTime(&ms, exec->events[mirror].begun, exec->events[mirror].ended));
+    *seconds += 1e-3 * (double)ms;
     return LLA_OK;
 }
 
@@ -279,8 +343,17 @@ lla_status lla_exec_cuda_time(lla_exec_cuda *exec, const lla_program *program, u
                               double *ms) {
     LLA_TRY(use(exec));
     cudaGraphExec_t graph;
-    LLA_TRY(capture(exec, program, skip, &graph));
-    const lla_status status = time_each(exec, count, ms, [&] { return cudaGraphLaunch(graph, exec->stream); });
+    const size_t m = exec->latest, inputs = exec->inputs, next = exec->graph->io.next;
+    LLA_TRY(capture(exec, program, m, skip, &graph));
+    char *mirror = exec->mirrors[m], *region = exec->ctx.arena + m * exec->graph->twin;
+    const lla_status status = time_each(exec, count, ms, [&] {
+        cudaError_t e =
+            cudaMemcpyAsync(region + inputs, mirror, exec->input_bytes, cudaMemcpyHostToDevice, exec->stream);
+        if (e == cudaSuccess) e = cudaGraphLaunch(graph, exec->stream);
+        if (e != cudaSuccess) return e;
+        return cudaMemcpyAsync(mirror + (next - inputs), region + next, program->logits * sizeof(int32_t),
+                               cudaMemcpyDeviceToHost, exec->stream);
+    });
     cudaGraphExecDestroy(graph);
     return status;
 }
@@ -292,7 +365,7 @@ lla_status lla_exec_cuda_trace(lla_exec_cuda *exec, const lla_program *program, 
     std::vector<lla_block_times> times(n);
     CUDA_TRY(cudaMalloc((void **)&exec->ctx.trace, nbytes));
     cudaGraphExec_t graph = NULL;
-    lla_status status = capture(exec, program, 0, &graph);
+    lla_status status = capture(exec, program, exec->latest, 0, &graph); /* the inputs are there */
     cudaError_t error = cudaMemsetAsync(exec->ctx.trace, 0, nbytes, exec->stream);
     for (int i = 0; !status && !error && i < 10; i++) error = cudaGraphLaunch(graph, exec->stream);
     if (!error) error = cudaMemcpyAsync(times.data(), exec->ctx.trace, nbytes, cudaMemcpyDeviceToHost, exec->stream);

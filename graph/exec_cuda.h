@@ -1,8 +1,11 @@
 /* exec_cuda.h: the CUDA executor: a device arena, programs captured once as graphs, replayed for every step.
  *
- * All that changes from step to step lies in the step region: the host writes it in a pinned mirror, and every graph
- * begins with one copy of it. No graph is ever updated. Capture happens in lla_exec_cuda_capture(); after that nothing
- * is allocated. */
+ * All that changes from step to step lies in the step region, of which there are two: one for every other step. The
+ * host writes a region in a pinned mirror of its own, one copy brings it to the device (biases and masks, where a step
+ * has some, by copies of their own, no longer than they are), the graph follows, and a copy of the chosen tokens.
+ * Copies have streams of their own: what the next step needs comes while a step runs, and what it chose leaves while
+ * the next one runs, so that the device goes from graph to graph. Each program is captured twice, once a region, and no
+ * graph is ever updated. Capture happens in lla_exec_cuda_capture(); after that nothing is allocated. */
 #ifndef LLA_EXEC_CUDA_H
 #define LLA_EXEC_CUDA_H
 
@@ -26,31 +29,42 @@ void lla_exec_cuda_destroy(struct lla_exec_cuda *exec); /* NULL is allowed */
 lla_status lla_exec_cuda_store(struct lla_exec_cuda *exec, const struct lla_weight *w, size_t dst_row, size_t rows,
                                const void *dense);
 
-/* Captures one graph a program; programs[i] is then run by lla_exec_cuda_run(exec, i). */
+/* Captures two graphs a program. */
 lla_status lla_exec_cuda_capture(struct lla_exec_cuda *exec, const struct lla_program *programs, size_t count);
 
 /* The arena's address on the device. */
 char *lla_exec_cuda_arena(struct lla_exec_cuda *exec);
 
-/* Address to which offsets of the step region can be added: the host's mirror. What lla_exec_cuda_run brings back lies
- * there, too. */
-char *lla_exec_cuda_inputs(struct lla_exec_cuda *exec);
+/* Address to which offsets of the (first) step region can be added: the host's mirror of region 0 or 1. What a step
+ * brings back lies there, too. */
+char *lla_exec_cuda_inputs(struct lla_exec_cuda *exec, size_t mirror);
 
-/* Copies the inputs, replays the program, and waits for the chosen tokens. */
-lla_status lla_exec_cuda_run(struct lla_exec_cuda *exec, size_t program);
+struct lla_cuda_step {
+    size_t program;              /* of those captured */
+    size_t mirror;               /* in turns, so that a step is fed by the other region */
+    size_t nlogit, nbias, nmask; /* tokens to bring back; biases and masks in use */
+    bool wants_odds;             /* to be brought back, too */
+};
+
+/* Puts a step into the streams: its inputs' copies, the program, its results' copies. The mirror and its region belong
+ * to the step until that has been waited for. */
+lla_status lla_exec_cuda_launch(struct lla_exec_cuda *exec, const struct lla_cuda_step *step);
+
+/* Waits for the mirror's step, and adds to *seconds what its program took, by the device's clock. */
+lla_status lla_exec_cuda_wait(struct lla_exec_cuda *exec, size_t mirror, double *seconds);
 
 /* Copies bytes of the arena to host memory, and back. */
 lla_status lla_exec_cuda_read(struct lla_exec_cuda *exec, size_t offset, size_t nbytes, void *out);
 lla_status lla_exec_cuda_write(struct lla_exec_cuda *exec, size_t offset, size_t nbytes, const void *in);
 
-/* Runs nodes [first, last) of a program one by one, without a graph, with the inputs that lie in the arena: for
- * comparing executors. */
+/* Runs nodes [first, last) of a program one by one, without a graph, with the inputs that lie in the first step region:
+ * for comparing executors. */
 lla_status lla_exec_cuda_nodes(struct lla_exec_cuda *exec, const struct lla_program *program, size_t first,
                                size_t last);
 
-/* Median, and the tenth and ninetieth percentile, of the milliseconds of `count` replays in a row of a program, with
- * the inputs as they are (a decode step repeated in place). Ops in the bit set `skip` are left out: what a stage costs
- * is the difference that its absence makes. */
+/* Median, and the tenth and ninetieth percentile, of the milliseconds of `count` replays in a row of a program with its
+ * copies, with the inputs as they are (a decode step repeated in place). Ops in the bit set `skip` are left out: what a
+ * stage costs is the difference that its absence makes. */
 lla_status lla_exec_cuda_time(struct lla_exec_cuda *exec, const struct lla_program *program, unsigned skip,
                               size_t count, double ms[3]);
 

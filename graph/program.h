@@ -13,7 +13,8 @@
 extern "C" {
 #endif
 
-/* Buffers of the step. Weights are not among them: nodes name those by offset. */
+/* Buffers of the step. Weights are not among them: nodes name those by offset. What the host writes for a step lies
+ * from the header on in this order, and what it reads behind that. */
 enum lla_buf {
     LLA_B_HEADER,
     LLA_B_TOKENS,
@@ -22,9 +23,14 @@ enum lla_buf {
     LLA_B_BLOCK_TABLE,
     LLA_B_LOGIT_ROWS,
     LLA_B_SAMPLING,
+    LLA_B_BIAS,
+    LLA_B_MASK,
     LLA_B_NEXT,
+    LLA_B_ODDS,
+    LLA_B_TWIN,
     LLA_B_ARRIVED,
     LLA_B_ROPE,
+    LLA_B_KV_TOKENS,
     LLA_B_K_CACHE,
     LLA_B_V_CACHE,
     LLA_B_X,
@@ -60,6 +66,8 @@ struct lla_graph {
     struct lla_io io;
     size_t offset[LLA_B_COUNT]; /* bytes from the arena's base */
     size_t kv_layer_stride;     /* bytes from one layer's K (or V) blocks to the next layer's */
+    size_t twin;                /* bytes from a step's inputs and results to those of every other step, on a GPU: the
+                                   next step's come while a step runs, and its results leave while the next one does */
 };
 
 /* The program of one bucket: for steps of at most `rows` rows and `logits` logit rows. */

@@ -54,22 +54,53 @@ struct lla_sampling_row {
     int32_t nlogprob; /* log-probabilities wanted: 0, or the chosen token's and the nlogprob - 1 largest */
     int32_t position; /* of the row that predicts; the random number's counter */
     uint64_t seed;
+    /* filled in with the step */
+    int32_t nprompt;    /* of the position + 1 known tokens, the prompt's */
+    int32_t first_bias; /* where its biases begin in the step's */
+    int32_t mask;       /* 1 + its row of the step's masks; 0: all tokens are allowed */
+};
+
+/* Bounds of what a row may ask for. */
+enum { LLA_MAX_BIAS = 1024, LLA_MAX_LOGPROB = 21 };
+
+struct lla_candidate {
+    float value;
+    int32_t token;
+};
+
+struct lla_bias {
+    int32_t token;
+    float bias; /* -INFINITY bans the token */
+};
+
+/* What a GPU finds for a row's log-probabilities, for lla_finish_logprobs: in `top` logits, the chosen token's first.
+ */
+struct lla_odds {
+    uint64_t mass; /* sum of e^(logit - max), in units of 2^-LLA_WEIGHT_BITS */
+    float max;     /* the largest logit */
+    struct lla_candidate top[LLA_MAX_LOGPROB];
 };
 
 /* Offsets of the step region's parts. */
 struct lla_io {
     size_t header;      /* struct lla_step_header */
-    size_t tokens;      /* i32 [max_rows] */
+    size_t tokens;      /* i32 [max_rows]: a token, or ~i: what the step before this one chose in its logit row i */
     size_t positions;   /* i32 [max_rows] */
     size_t row_seq;     /* i32 [max_rows]: sequence slot of the row */
     size_t block_table; /* i32 [max_seqs, max_blocks]: KV block of a slot's positions */
     size_t logit_rows;  /* i32 [max_seqs]: rows whose logits are wanted */
     size_t sampling;    /* struct lla_sampling_row [max_seqs], by logit row */
+    size_t bias;        /* struct lla_bias [max_seqs, LLA_MAX_BIAS], one row's behind the other's; on a GPU */
+    size_t mask;        /* u32 [max_seqs, ceil(vocab / 32)]: those of masked rows, as struct lla_draw; on a GPU */
     size_t next;        /* i32 [max_seqs]: the chosen tokens, out */
+    size_t odds;        /* struct lla_odds [max_seqs], out; on a GPU */
+    size_t fed;         /* i32 [max_seqs]: `next` of the step before */
     size_t arrived;     /* i32 [max_rows, nkvhead]: counters of the GPU's attention, zero between steps */
+    size_t kv_tokens;   /* i32 [nblock, kv_block]: the tokens of which the KV blocks hold keys and values */
 };
 
-/* x [R, hidden] = rows `tokens` of weight [vocab, hidden]. */
+/* x [R, hidden] = rows `tokens` of weight [vocab, hidden], where ~i stands for fed[i]. Each token
+ * is noted in kv_tokens, at its place in the KV blocks. */
 struct lla_embed_args {
     size_t weight, x;
 };
@@ -108,12 +139,9 @@ struct lla_head_args {
 };
 
 /* next [L]: the largest logit's token, the first of equals; NaN counts as largest. Rows that want more (lla_is_plain)
- * are drawn behind the program, by lla_cpu_draw on either device. candidates: scratch struct lla_candidate [max_seqs,
- * vocab]. */
-struct lla_candidate {
-    float value;
-    int32_t token;
-};
+ * are drawn as struct lla_draw says: on the CPU behind the program, by lla_cpu_draw; on a GPU by this node, from the
+ * step's biases and masks, with the known tokens that kv_tokens has for the row's sequence. The same logits give the
+ * same token and odds on both. candidates: scratch struct lla_candidate [max_seqs, vocab]. */
 struct lla_sample_args {
     size_t logits, candidates;
 };
@@ -157,30 +185,32 @@ LLA_NODE_OPS(X)
 
 /* ---- choosing a token ---- */
 
+#ifdef __CUDACC__
+#define LLA_BOTH __host__ __device__
+#else
+#define LLA_BOTH
+#endif
+
 /* Whether a row takes the largest value. */
-static inline bool lla_is_greedy(const struct lla_sampling_row *s) {
+LLA_BOTH static inline bool lla_is_greedy(const struct lla_sampling_row *s) {
     return s->temperature <= 0 || s->top_k == 1;
 }
 
-static inline bool lla_has_penalty(const struct lla_sampling_row *s) {
+LLA_BOTH static inline bool lla_has_penalty(const struct lla_sampling_row *s) {
     return (s->repetition != 0 && s->repetition != 1) || s->presence != 0 || s->frequency != 0;
 }
 
 /* Whether the largest logit is all that a row wants: no draw then. */
-static inline bool lla_is_plain(const struct lla_sampling_row *s) {
-    return lla_is_greedy(s) && !lla_has_penalty(s) && !s->nbias && !s->nlogprob;
+LLA_BOTH static inline bool lla_is_plain(const struct lla_sampling_row *s) {
+    return lla_is_greedy(s) && !lla_has_penalty(s) && !s->nbias && !s->nlogprob && !s->mask;
 }
-
-struct lla_bias {
-    int32_t token;
-    float bias; /* -INFINITY bans the token */
-};
 
 /* A weight of 1 as an integer. */
 enum { LLA_WEIGHT_BITS = 40 };
 
 /* One row's token, in f32, by token t of n, in this order:
  *
+ *     logit[t] = -infinity                                      where the mask's bit is clear
  *     v = logit[t] + bias[t]                                    several of one token add up
  *     v = v > 0 ? v / repetition : v * repetition               t in prompt or answer
  *     v = v - count * frequency - presence                      count > 0 of t in the answer
@@ -192,24 +222,30 @@ enum { LLA_WEIGHT_BITS = 40 };
  *     random = Philox4x32-10(seed, position); the first t with sum of w up to t > floor(random / 2^32 * sum of w)
  *
  * Of equal v the smaller token comes first throughout. Where the largest v is NaN or infinite, its first token is
- * taken. Log-probabilities are those of the model: logit[t] - log(sum of e^logit), before all of the above; NaN where a
+ * taken, or, where all are -infinity, the first that the mask allows. Log-probabilities are those of the model among
+ * the tokens that the mask allows: logit[t] - log(sum of e^logit), before all that follows the mask above; NaN where a
  * logit is NaN or the largest infinite.
  *
  * Sums are of integers: they have no order, so that neither the instruction set nor, on a GPU, the blocks that share a
- * row change a token. What a GPU's twin needs beside the sampling rows is the known tokens by slot, in the arena; its
- * bins would be summed by integer atomics. */
+ * row change a token. From the same logits a GPU's sample node draws the same token and finds the same
+ * log-probabilities, but that the tokens beside NaN may be others. */
 struct lla_draw {
     llaisysDataType_t dtype;
     size_t n;
     const void *logits; /* [n] */
     const struct lla_sampling_row *how;
-    const int64_t *known;           /* [nknown]: prompt and answer, ids below n; read only where there is a penalty */
-    size_t nknown, nprompt;         /* nprompt <= nknown */
-    const struct lla_bias *bias;    /* [how->nbias], ids below n */
-    struct lla_candidate *scratch;  /* [n] */
+    const int64_t *known;          /* [nknown]: prompt and answer, ids below n; read only where there is a penalty */
+    size_t nknown, nprompt;        /* nprompt <= nknown */
+    const struct lla_bias *bias;   /* [how->nbias], ids below n */
+    const uint32_t *mask;          /* [ceil(n / 32)]: bit t % 32 of word t / 32 allows token t, and at least one is set;
+                                      NULL: all are allowed */
+    struct lla_candidate *scratch; /* [n] */
     struct lla_candidate *logprobs; /* [how->nlogprob], out: the chosen token's, then the largest; token -1 beyond n */
 };
 int32_t lla_cpu_draw(const struct lla_draw *draw);
+
+/* Log-probabilities [n] from a GPU's odds, to the bit as lla_cpu_draw's. */
+void lla_finish_logprobs(const struct lla_odds *odds, size_t n, struct lla_candidate *logprobs);
 
 /* The instruction set in use: "avx512bf16", "avx512", "avx2" or "portable". Chosen at the first call by what the CPU
  * has, or by the environment variable LLAISYS_CPU_ISA, for diagnosis. */

@@ -141,6 +141,37 @@ def test_supports_as_transformers(engine, alone, options, prompt):
     assert {t for t in kept if odds[t] > 0.04} <= drawn
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1.2, "top_k": 12},
+        {"temperature": 2.0, "top_p": 0.6},
+        {"temperature": 1.5, "top_k": 40, "min_p": 0.05, "repetition_penalty": 1.3},
+        {"temperature": 1.0, "top_k": 9, "logit_bias": {275: 2.0, 65: -math.inf}},
+    ],
+)
+def test_frequencies(engine, alone, options):
+    """Chi-square: a correct draw exceeds the limit for one choice of seeds in a million."""
+    prompt, draws = PROMPTS[0], 4000
+    requests = [Request(prompt, 1, seed=7 * seed, **options) for seed in range(draws)]
+    counts = [0] * engine.meta.voc
+    for first in range(0, draws, 200):
+        for answer in engine.generate(requests[first : first + 200]):
+            counts[answer.tokens[0]] += 1
+    odds = processed(requests[0], prompt, [], logits_behind(alone, prompt)).softmax(-1)[0].double()
+    likely = [t for t in range(len(odds)) if odds[t] * draws >= 5]
+    rest, chi = draws - sum(counts[t] for t in likely), 0.0
+    for t in likely:
+        chi += (counts[t] - draws * odds[t].item()) ** 2 / (draws * odds[t].item())
+    expected = draws * (1 - sum(odds[t].item() for t in likely))
+    freedom = len(likely) - 1
+    if expected >= 5:  # the unlikely ones together
+        chi, freedom = chi + (rest - expected) ** 2 / expected, freedom + 1
+    # Wilson and Hilferty's approximation at 4.75 standard deviations
+    c = 2 / (9 * freedom)
+    assert freedom >= 3 and chi < freedom * (1 - c + 4.75 * math.sqrt(c)) ** 3
+
+
 def test_logprobs(engine, alone):
     """Of the model itself, whatever bends the choice."""
     for options in ({}, {"temperature": 1.5, "top_k": 30, "seed": 5, "repetition_penalty": 1.5}):

@@ -139,8 +139,10 @@ struct LlaisysEngineStats {
     uint64_t cached_tokens;      /* of these, found */
     uint64_t generated_tokens, preemptions, evictions;
     uint64_t steps, rows;  /* rows: tokens computed, recomputed ones included */
-    double step_s, host_s; /* in steps on the device, and between them while there was work */
+    double step_s, host_s; /* in steps on the device, and between them while there was work. On a GPU the next step is
+                              there before one ends, so that the work of host_s need not keep the device waiting */
     double host_cpu_s;     /* of host_s, what the engine's thread had a core for */
+    double device_s;       /* of step_s and host_s together, what a GPU spent in steps; 0 on the CPU */
 };
 
 struct LlaisysEngine;

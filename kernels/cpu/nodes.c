@@ -26,12 +26,20 @@ static size_t element(const struct lla_ctx *ctx) {
 
 void lla_cpu_embed(const struct lla_ctx *ctx, const struct lla_embed_args *args, struct lla_team team) {
     const size_t row_bytes = ctx->dims->hidden * element(ctx);
-    const int32_t *tokens = ints(ctx, ctx->io->tokens);
+    const struct lla_dims *d = ctx->dims;
+    const int32_t *tokens = ints(ctx, ctx->io->tokens), *fed = ints(ctx, ctx->io->fed);
+    const int32_t *positions = ints(ctx, ctx->io->positions), *row_seq = ints(ctx, ctx->io->row_seq);
+    const int32_t *table = ints(ctx, ctx->io->block_table);
+    int32_t *kv_tokens = (int32_t *)(ctx->arena + ctx->io->kv_tokens);
     size_t lo, hi;
     lla_share((size_t)header(ctx)->nrow, 1, team, &lo, &hi);
-    for (size_t r = lo; r < hi; r++)
-        memcpy(ctx->arena + args->x + r * row_bytes, ctx->arena + args->weight + (size_t)tokens[r] * row_bytes,
-               row_bytes);
+    for (size_t r = lo; r < hi; r++) {
+        const int32_t token = tokens[r] < 0 ? fed[~tokens[r]] : tokens[r];
+        const size_t position = (size_t)positions[r];
+        const size_t block = (size_t)table[(size_t)row_seq[r] * d->max_blocks + position / d->kv_block];
+        memcpy(ctx->arena + args->x + r * row_bytes, ctx->arena + args->weight + (size_t)token * row_bytes, row_bytes);
+        kv_tokens[block * d->kv_block + position % d->kv_block] = token;
+    }
 }
 
 /* normed [rows, hidden] = norm of x's rows (those of `index`, or all); ends with a barrier. */
@@ -209,4 +217,15 @@ void lla_cpu_sample(const struct lla_ctx *ctx, const struct lla_sample_args *arg
 
 int32_t lla_cpu_draw(const struct lla_draw *draw) {
     return lla_isa()->draw(draw);
+}
+
+/* The expressions are those of draw.c, and so is the order. */
+void lla_finish_logprobs(const struct lla_odds *odds, size_t n, struct lla_candidate *logprobs) {
+    double log_mass = NAN;
+    if (isfinite(odds->max)) log_mass = log(ldexp((double)odds->mass, -LLA_WEIGHT_BITS)) + (double)odds->max;
+    for (size_t i = 0; i < n; i++) {
+        const struct lla_candidate *c = &odds->top[i];
+        logprobs[i] = *c;
+        if (c->token >= 0) logprobs[i].value = (float)((double)c->value - log_mass);
+    }
 }

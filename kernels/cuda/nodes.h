@@ -11,7 +11,13 @@
  * Sums. A row's K is cut into eight contiguous parts (sixteen where K is long); a part is summed by the tensor core in
  * order of K, and the parts' sums are added in order. Neither the number of rows in the step, nor the bucket, nor the
  * kernel that the bucket takes enters. That holds for finite values: a kernel may multiply its neighbours' columns by
- * zero, and infinity times zero is NaN. */
+ * zero, and infinity times zero is NaN.
+ *
+ * Draws. The sample node's token of a row follows from the row's logits, its sampling parameters and its known tokens
+ * alone: sums are of integers, and the random number is of seed and position. From the same logits it is lla_cpu_draw's
+ * token, to the bit. So a request with a seed gives the same text in any batch, alone, after preemption and with a
+ * prefix from the cache, on one device; on another device, or the CPU, logits may differ in their last bits, and a draw
+ * that falls between two tokens may then turn out otherwise. */
 #ifndef LLA_CUDA_NODES_H
 #define LLA_CUDA_NODES_H
 

@@ -160,6 +160,20 @@ __device__ __forceinline__ void cluster_arrive_relaxed() {
 #endif
 }
 
+/* 16 bytes of block `rank`'s shared memory, at an address as in this block. */
+__device__ __forceinline__ uint4 load_cluster_16(uint32_t from, unsigned rank) {
+    uint4 v = make_uint4(0, 0, 0, 0);
+#if __CUDA_ARCH__ >= 900
+    uint32_t there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(from), "r"(rank));
+    asm volatile("ld.shared::cluster.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(there)
+                 : "memory");
+#endif
+    return v;
+}
+
 /* A barrier in shared memory for `count` arrivals and the bytes that they expect; the cluster sees it after its next
  * barrier. */
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, unsigned count) {

@@ -1,26 +1,29 @@
 /* step_rows.cu: embedding, greedy choice, and the packing of weights. */
-#include "step.cuh"
+#include "step_draw.cuh"
 
 namespace {
 
+struct embed_inputs {
+    const lla_step_header *header;
+    const int32_t *tokens, *fed, *positions, *row_seq, *table;
+    size_t max_blocks, kv_block;
+};
+
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-    embed_kernel(const lla_step_header *header, const int32_t *tokens, const T *weight, size_t hidden, T *x) {
+    embed_kernel(embed_inputs in, const T *weight, size_t hidden, T *x, int32_t *kv_tokens) {
     pdl_launch_next();
     pdl_wait();
     const size_t row = blockIdx.x, ktiles = tiles_of(hidden);
-    if (row >= (size_t)header->nrow) return;
-    const size_t token = (size_t)tokens[row];
+    if (row >= (size_t)in.header->nrow) return;
+    const int32_t given = in.tokens[row], token = given < 0 ? in.fed[~given] : given;
     for (size_t i = threadIdx.x; i < hidden; i += THREADS)
-        x[row * hidden + i] = weight[packed_index(token, i, ktiles, 0)];
-}
-
-/* Whether (v, i) comes before (w, j): larger first, the first of equals, NaN before all. */
-__device__ __forceinline__ bool better(float v, int32_t i, float w, int32_t j) {
-    const bool vn = isnan(v), wn = isnan(w);
-    if (vn != wn) return vn;
-    if (!vn && v != w) return v > w;
-    return i < j;
+        x[row * hidden + i] = weight[packed_index((size_t)token, i, ktiles, 0)];
+    if (threadIdx.x == 0) {
+        const size_t position = (size_t)in.positions[row];
+        const size_t block = (size_t)in.table[(size_t)in.row_seq[row] * in.max_blocks + position / in.kv_block];
+        kv_tokens[block * in.kv_block + position % in.kv_block] = token;
+    }
 }
 
 /* The best of the block's threads, on thread 0. */
@@ -41,17 +44,17 @@ __device__ void best_of_block(float &best, int32_t &where) {
 
 constexpr unsigned SLICES = 32; /* blocks that share a row of logits */
 
-/* The largest logit of each row: every block takes a slice of the row, the last to arrive the best of the slices'
+/* The largest logit of each plain row: every block takes a slice of the row, the last to arrive the best of the slices'
  * bests. `candidates` has room for SLICES entries a row, row_stride apart. */
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-    sample_kernel(const lla_step_header *header, const T *logits, size_t n, lla_candidate *candidates,
-                  size_t row_stride, int32_t *arrived, int32_t *next) {
+    sample_kernel(const lla_step_header *header, const lla_sampling_row *sampling, const T *logits, size_t n,
+                  lla_candidate *candidates, size_t row_stride, int32_t *arrived, int32_t *next) {
     __shared__ bool is_last;
     pdl_launch_next();
     pdl_wait();
     const size_t row = blockIdx.y;
-    if (row >= (size_t)header->nlogit) return;
+    if (row >= (size_t)header->nlogit || !lla_is_plain(&sampling[row])) return;
     constexpr int UNIT = 16 / sizeof(T);
     const T *values = logits + row * n;
     float best = -INFINITY;
@@ -107,22 +110,33 @@ __global__ void pack_kernel(const T *src, size_t rows, size_t cols, size_t dst_r
 
 lla_status lla_cuda_embed(const lla_cuda_ctx *ctx, const lla_embed_args *args) {
     char *arena = ctx->arena;
-    LLA_CUDA_BY_DTYPE(ctx->dims.dtype,
-                      return launch(ctx, "embed", embed_kernel<T>, dim3((unsigned)ctx->rows), THREADS, 0,
-                                    (const lla_step_header *)(arena + ctx->io.header),
-                                    (const int32_t *)(arena + ctx->io.tokens), (const T *)(arena + args->weight),
-                                    ctx->dims.hidden, (T *)(arena + args->x)));
+    const lla_io *io = &ctx->io;
+    const embed_inputs in = {.header = (const lla_step_header *)(arena + io->header),
+                             .tokens = (const int32_t *)(arena + io->tokens),
+                             .fed = (const int32_t *)(arena + io->fed),
+                             .positions = (const int32_t *)(arena + io->positions),
+                             .row_seq = (const int32_t *)(arena + io->row_seq),
+                             .table = (const int32_t *)(arena + io->block_table),
+                             .max_blocks = ctx->dims.max_blocks,
+                             .kv_block = ctx->dims.kv_block};
+    LLA_CUDA_BY_DTYPE(ctx->dims.dtype, return launch(ctx, "embed", embed_kernel<T>, dim3((unsigned)ctx->rows), THREADS,
+                                                     0, in, (const T *)(arena + args->weight), ctx->dims.hidden,
+                                                     (T *)(arena + args->x), (int32_t *)(arena + io->kv_tokens)));
 }
 
+/* Plain rows, then the others: each kernel leaves at once where a row is not its own. */
 lla_status lla_cuda_sample(const lla_cuda_ctx *ctx, const lla_sample_args *args) {
     char *arena = ctx->arena;
+    lla_status status = LLA_OK;
     LLA_CUDA_BY_DTYPE(ctx->dims.dtype,
-                      return launch(ctx, "sample", sample_kernel<T>, dim3(SLICES, (unsigned)ctx->logits), THREADS, 0,
-                                    (const lla_step_header *)(arena + ctx->io.header),
-                                    (const T *)(arena + args->logits), ctx->dims.vocab,
-                                    (lla_candidate *)(arena + args->candidates),
-                                    ctx->dims.vocab > SLICES ? ctx->dims.vocab : (size_t)SLICES,
-                                    (int32_t *)(arena + ctx->io.arrived), (int32_t *)(arena + ctx->io.next)));
+                      status = launch(ctx, "sample", sample_kernel<T>, dim3(SLICES, (unsigned)ctx->logits), THREADS, 0,
+                                      (const lla_step_header *)(arena + ctx->io.header),
+                                      (const lla_sampling_row *)(arena + ctx->io.sampling),
+                                      (const T *)(arena + args->logits), ctx->dims.vocab,
+                                      (lla_candidate *)(arena + args->candidates),
+                                      ctx->dims.vocab > SLICES ? ctx->dims.vocab : (size_t)SLICES,
+                                      (int32_t *)(arena + ctx->io.arrived), (int32_t *)(arena + ctx->io.next)));
+    return status ? status : lla_cuda_draw(ctx, args);
 }
 
 size_t lla_cuda_packed_bytes(llaisysDataType_t dtype, size_t rows, size_t cols) {

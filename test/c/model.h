@@ -18,9 +18,14 @@ static inline const struct lla_region *region_of(const struct lla_graph *graph, 
                                                    [LLA_B_BLOCK_TABLE] = "block_table",
                                                    [LLA_B_LOGIT_ROWS] = "logit_rows",
                                                    [LLA_B_SAMPLING] = "sampling",
+                                                   [LLA_B_BIAS] = "bias",
+                                                   [LLA_B_MASK] = "mask",
                                                    [LLA_B_NEXT] = "next",
+                                                   [LLA_B_ODDS] = "odds",
+                                                   [LLA_B_TWIN] = "twin",
                                                    [LLA_B_ARRIVED] = "arrived",
                                                    [LLA_B_ROPE] = "rope",
+                                                   [LLA_B_KV_TOKENS] = "kv_tokens",
                                                    [LLA_B_K_CACHE] = "k_cache",
                                                    [LLA_B_V_CACHE] = "v_cache",
                                                    [LLA_B_X] = "x",
@@ -41,21 +46,25 @@ static inline const struct lla_region *region_of(const struct lla_graph *graph, 
     abort();
 }
 
-/* Random weights of a size that keeps activations near 1, straight into an arena of the graph's plan. */
+/* Random values of a size that keeps activations near 1, dense [w->rows, w->cols]. */
+static inline void random_weight(const struct lla_weight *w, llaisysDataType_t dtype, uint64_t seed, void *dense) {
+    struct rng rng = {seed};
+    const bool is_norm = w->kind == LLA_W_ATTN_NORM || w->kind == LLA_W_MLP_NORM || w->kind == LLA_W_NORM;
+    const float mean = is_norm ? 1.0f : 0.0f;
+    const float scale = is_norm                     ? 0.2f
+                        : w->kind == LLA_W_QKV_BIAS ? 0.5f
+                        : w->kind == LLA_W_EMBED    ? 1.0f
+                                                    : 1.5f / sqrtf((float)w->cols);
+    for (size_t j = 0; j < w->rows * w->cols; j++) lla_store_float(dense, j, mean + scale * rng_normal(&rng), dtype);
+}
+
+/* Straight into an arena of the graph's plan, on the CPU. */
 static inline void fill_weights(const struct lla_graph *graph, char *arena, uint64_t seed) {
     const struct lla_plan *plan = &graph->plan;
     for (size_t i = 0; i < plan->nweight; i++) {
         const struct lla_weight *w = &plan->weights[i];
         if (w->kind == LLA_W_HEAD && plan->spec.tied) continue;
-        struct rng rng = {seed + i};
-        const bool is_norm = w->kind == LLA_W_ATTN_NORM || w->kind == LLA_W_MLP_NORM || w->kind == LLA_W_NORM;
-        const float mean = is_norm ? 1.0f : 0.0f;
-        const float scale = is_norm                     ? 0.2f
-                            : w->kind == LLA_W_QKV_BIAS ? 0.5f
-                            : w->kind == LLA_W_EMBED    ? 1.0f
-                                                        : 1.5f / sqrtf((float)w->cols);
-        for (size_t j = 0; j < w->rows * w->cols; j++)
-            lla_store_float(arena + w->offset, j, mean + scale * rng_normal(&rng), plan->spec.dtype);
+        random_weight(w, plan->spec.dtype, seed + i, arena + w->offset);
     }
 }
 

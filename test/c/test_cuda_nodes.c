@@ -143,10 +143,12 @@ static void compare_logits(struct pair *p, const struct sequence *seqs, size_t n
     int32_t *table = (int32_t *)(p->cpu.arena + c->io.block_table),
             *logit_rows = (int32_t *)(p->cpu.arena + c->io.logit_rows);
     memset(p->cpu.arena + c->io.sampling, 0, d->max_seqs * sizeof(struct lla_sampling_row));
+    int32_t *chosen = (int32_t *)(p->cpu.arena + c->io.next);
     size_t row = 0;
     for (size_t i = 0; i < nseq; i++) {
         for (size_t j = 0; j < seqs[i].ntoken; j++, row++) {
-            tokens[row] = (int32_t)(draw() % d->vocab);
+            chosen[row % d->max_seqs] = (int32_t)(draw() % d->vocab);
+            tokens[row] = row < d->max_seqs && j % 2 ? ~(int32_t)row : (int32_t)(draw() % d->vocab); /* some are fed */
             positions[row] = (int32_t)(seqs[i].position0 + j);
             row_seq[row] = (int32_t)i;
         }
@@ -157,7 +159,12 @@ static void compare_logits(struct pair *p, const struct sequence *seqs, size_t n
     CHECK(block <= c->plan.nblock);
     header[0] = (int32_t)rows;
     header[1] = (int32_t)nlogit;
-    lla_exec_cuda_write(p->gpu.cuda, g->io.header, g->offset[LLA_B_NEXT] - g->io.header, p->cpu.arena + c->io.header);
+    lla_exec_cuda_write(p->gpu.cuda, g->io.header, g->io.bias - g->io.header, p->cpu.arena + c->io.header);
+    lla_exec_cuda_write(p->gpu.cuda, g->io.fed, d->max_seqs * sizeof *chosen, chosen);
+    const size_t noted = c->plan.nblock * d->kv_block * sizeof(int32_t);
+    int32_t *kv_tokens = malloc(noted);
+    memset(p->cpu.arena + c->io.kv_tokens, 0xff, noted);
+    lla_exec_cuda_write(p->gpu.cuda, g->io.kv_tokens, noted, p->cpu.arena + c->io.kv_tokens);
 
     size_t bucket = 0;
     while (p->gpu.programs[bucket].rows < rows || p->gpu.programs[bucket].logits < nseq) bucket++;
@@ -167,7 +174,7 @@ static void compare_logits(struct pair *p, const struct sequence *seqs, size_t n
         const lla_status status = lla_exec_cuda_nodes(p->gpu.cuda, program, i, i + 1);
         if (status) printf("  %s\n", lla_last_error());
         CHECK_INT(status, LLA_OK);
-        if (status) return;
+        if (status) break;
         for (int id = 0; id < LLA_B_COUNT; id++) {
             const size_t n = compared(c, id, rows, nlogit);
             if (!n || !(program->nodes[i].writes >> id & 1)) continue;
@@ -183,6 +190,9 @@ static void compare_logits(struct pair *p, const struct sequence *seqs, size_t n
             free(theirs);
         }
     }
+    lla_exec_cuda_read(p->gpu.cuda, g->io.kv_tokens, noted, kv_tokens);
+    CHECK(!memcmp(kv_tokens, p->cpu.arena + c->io.kv_tokens, noted));
+    free(kv_tokens);
     int32_t next[128];
     CHECK(nlogit <= 128);
     if (nlogit) lla_exec_cuda_read(p->gpu.cuda, g->io.next, nlogit * sizeof *next, next);

@@ -3,7 +3,11 @@
  * preemption, beside requests that are cancelled; greedy and sampled, with penalties, bias and log-probabilities.
  *
  * The reference of each request is a runner of its own, with one thread and nobody else. Another seed: `test_invariance
- * random 12345`, or the environment variable LLAISYS_TEST_SEED. */
+ * random 12345`, or the environment variable LLAISYS_TEST_SEED.
+ *
+ * Compiled with -DON_GPU it runs on a GPU, through the engine's own executor, one step ahead; logits are not seen then,
+ * but in log-probabilities and tokens. It skips without a GPU. */
+#include "../../engine/device.h"
 #include "../../engine/engine.h"
 #include "harness.h"
 #include "model.h"
@@ -18,11 +22,21 @@ enum { SLOW = 0 };
 
 enum { MAX_SEQ = 160, REQUESTS = 60, SYSTEM = 45, MAX_BIAS = 8, MAX_LOGPROBS = 5 };
 
+#ifdef ON_GPU
+static const llaisysDeviceType_t DEVICE = LLAISYS_DEVICE_NVIDIA;
+static const struct lla_spec specs[] = {
+    {LLAISYS_DTYPE_BF16, 2, 512, 8, 2, 64, 1408, 1000, 640, false, 1e-6f, 1e4, {0}, 0},
+    {LLAISYS_DTYPE_BF16, 2, 384, 6, 1, 128, 1160, 1531, 640, true, 1e-5f, 1e6, {0}, 0},
+    {LLAISYS_DTYPE_BF16, 3, 200, 14, 2, 64, 584, 5000, 640, false, 1e-6f, 1e4, {0}, 0},
+};
+#else
+static const llaisysDeviceType_t DEVICE = LLAISYS_DEVICE_CPU;
 static const struct lla_spec specs[] = {
     {LLAISYS_DTYPE_BF16, 2, 72, 6, 2, 24, 150, 131, 640, false, 1e-6f, 1e4, {0}, 0},
     {LLAISYS_DTYPE_F16, 2, 65, 7, 1, 16, 99, 101, 640, true, 1e-5f, 1e6, {0}, 0},
     {LLAISYS_DTYPE_F32, 3, 33, 2, 2, 64, 65, 77, 640, false, 1e-6f, 1e4, {0}, 0},
 };
+#endif
 static const struct lla_limits limits[] = {
     {.max_seq = MAX_SEQ, .max_seqs = 5, .kv_tokens = 400, .kv_block = 16, .prefill_chunk = 40},
     {.max_seq = MAX_SEQ, .max_seqs = 8, .kv_tokens = 200, .kv_block = 4, .prefill_chunk = 23},
@@ -180,7 +194,6 @@ static void check_alone(const struct request *r, const uint64_t *digests, const 
                                          .logprobs = logprobs};
         CHECK_INT(lla_runner_step(&alone, &seq, 1, &next), LLA_OK);
         if (!seq.want_next || done + n >= r->ntoken) continue;
-        lla_runner_logits(&alone, 0, row);
         if (next != r->tokens[done + n]) {
             HARNESS_FAIL("%s: request %d, prompt of %zu: token %zu is %lld, alone it is %lld", label,
                          (int)(r - requests), r->nprompt, done + n - r->nprompt, (long long)r->tokens[done + n],
@@ -192,6 +205,8 @@ static void check_alone(const struct request *r, const uint64_t *digests, const 
                          (int)(r - requests), r->nprompt, done + n - r->nprompt);
             return;
         }
+        if (DEVICE != LLAISYS_DEVICE_CPU) continue;
+        lla_runner_logits(&alone, 0, row);
         if (digest(row) != digests[done + n - 1]) {
             HARNESS_FAIL("%s: request %d, prompt of %zu: logits of token %zu differ", label, (int)(r - requests),
                          r->nprompt, done + n - r->nprompt);
@@ -228,32 +243,54 @@ static size_t take_events(int timeout_ms, const char *label) {
     return ended;
 }
 
+/* A runner with random weights, ready to run. */
+static void open_runner(const struct lla_spec *spec, struct lla_limits l, int nthread, uint64_t seed,
+                        struct lla_runner *runner) {
+    l.device = DEVICE;
+    CHECK_INT(lla_runner_create(spec, &l, (struct lla_shard){0, 1}, 0, nthread, runner), LLA_OK);
+    const struct lla_plan *plan = &runner->graph.plan;
+    for (size_t i = 0; i < plan->nweight; i++) {
+        const struct lla_weight *w = &plan->weights[i];
+        if (w->kind == LLA_W_HEAD && spec->tied) continue;
+        char *dense = malloc(w->rows * w->cols * lla_dtype_size(spec->dtype));
+        random_weight(w, spec->dtype, seed + i, dense);
+        CHECK_INT(lla_runner_store(runner, w, 0, w->rows, dense), LLA_OK);
+        free(dense);
+    }
+    CHECK_INT(lla_runner_ready(runner), LLA_OK);
+}
+
 static void run_schedule(const struct lla_spec *spec, const struct lla_limits *l, struct rng *rng) {
     char label[64];
-    struct lla_runner runner;
+    struct lla_runner *runner = calloc(1, sizeof *runner);
     vocab = spec->vocab;
     const struct lla_limits single = {.max_seq = MAX_SEQ, .max_seqs = 1, .kv_block = l->kv_block, .prefill_chunk = 64};
     snprintf(label, sizeof label, "head_dim %zu, blocks of %zu", spec->head_dim, l->kv_block);
-    CHECK_INT(lla_runner_create(spec, &single, (struct lla_shard){0, 1}, 0, 1, &alone), LLA_OK);
-    CHECK_INT(lla_runner_create(spec, l, (struct lla_shard){0, 1}, 0, (int)rng_range(rng, 1, 2), &runner), LLA_OK);
     const uint64_t weights = rng_next(rng);
-    fill_weights(&alone.graph, alone.arena, weights);
-    fill_weights(&runner.graph, runner.arena, weights);
-    const struct lla_dims *d = &runner.graph.dims;
+    open_runner(spec, single, 1, weights, &alone);
+    open_runner(spec, *l, (int)rng_range(rng, 1, 2), weights, runner);
+    const struct lla_dims *d = &runner->graph.dims;
+    const size_t mixed_rows = rng_range(rng, d->max_seqs, d->max_rows);
     const struct lla_engine_config config = {.scheduler = {.max_seqs = d->max_seqs,
                                                            .max_seq = MAX_SEQ,
                                                            .max_rows = d->max_rows,
-                                                           .mixed_rows = rng_range(rng, d->max_seqs, d->max_rows),
-                                                           .nblock = runner.graph.plan.nblock,
+                                                           .mixed_rows = mixed_rows,
+                                                           .nblock = runner->graph.plan.nblock,
                                                            .kv_block = d->kv_block},
                                              .vocab = vocab,
                                              .max_queue = REQUESTS,
                                              .max_logprobs = MAX_LOGPROBS};
-    struct recorder recorder = {&runner, &engine, malloc(vocab * sizeof(float))};
+    const struct LlaisysEngineOptions options = {
+        .max_queue = REQUESTS, .mixed_rows = mixed_rows, .max_logprobs = MAX_LOGPROBS};
+    struct recorder recorder = {runner, &engine, malloc(vocab * sizeof(float))};
     row = malloc(vocab * sizeof *row);
     recorded = calloc(REQUESTS + 2 * d->max_seqs, sizeof *recorded);
-    CHECK_INT(lla_engine_create(&config, (struct lla_executor){.wait = run_and_record, .arg = &recorder}, &engine),
-              LLA_OK);
+    if (DEVICE == LLAISYS_DEVICE_CPU)
+        CHECK_INT(lla_engine_create(&config, (struct lla_executor){.wait = run_and_record, .arg = &recorder}, &engine),
+                  LLA_OK);
+    else
+        CHECK_INT(lla_engine_create_over(runner, &options, &engine), LLA_OK); /* which owns the runner */
+    CHECK_INT(engine->executor.overlaps, DEVICE != LLAISYS_DEVICE_CPU);
     for (size_t i = 0; i < SYSTEM; i++) system_prompt[i] = (int64_t)rng_below(rng, vocab);
     memset(requests, 0, sizeof requests);
 
@@ -277,13 +314,20 @@ static void run_schedule(const struct lla_spec *spec, const struct lla_limits *l
     if (lla_kvpool_check(&engine->scheduler.pool)) HARNESS_FAIL("%s", lla_last_error());
     llaisysEngineClose(engine);
     lla_runner_destroy(&alone);
-    lla_runner_destroy(&runner);
+    if (DEVICE == LLAISYS_DEVICE_CPU) {
+        lla_runner_destroy(runner);
+        free(runner);
+    }
     free(recorder.row);
     free(row);
     free(recorded);
 }
 
 TEST(random_schedules) {
+    if (lla_device_get(DEVICE)->count() == 0) {
+        printf("SKIPPED: no GPU\n");
+        exit(77);
+    }
     enum { NSPEC = sizeof specs / sizeof *specs, NLIMITS = sizeof limits / sizeof *limits };
     struct rng rng = {test_seed};
     for (size_t i = 0; i < (SLOW ? 4 : 2 * NSPEC * NLIMITS) && !TEST_FAILURES; i++)

@@ -98,8 +98,9 @@ TEST(lifetimes_cover_every_use) {
  * node reads must have been written earlier in the step, and nothing may have been written over it since. */
 TEST(reads_find_what_was_written) {
     const uint32_t inputs = 1u << LLA_B_HEADER | 1u << LLA_B_TOKENS | 1u << LLA_B_POSITIONS | 1u << LLA_B_ROW_SEQ |
-                            1u << LLA_B_BLOCK_TABLE | 1u << LLA_B_LOGIT_ROWS | 1u << LLA_B_SAMPLING | 1u << LLA_B_ROPE |
-                            1u << LLA_B_K_CACHE | 1u << LLA_B_V_CACHE;
+                            1u << LLA_B_BLOCK_TABLE | 1u << LLA_B_LOGIT_ROWS | 1u << LLA_B_SAMPLING | 1u << LLA_B_BIAS |
+                            1u << LLA_B_MASK | 1u << LLA_B_NEXT | 1u << LLA_B_TWIN | 1u << LLA_B_ROPE |
+                            1u << LLA_B_KV_TOKENS | 1u << LLA_B_K_CACHE | 1u << LLA_B_V_CACHE;
     for (size_t i = 1; i < NSPEC; i++) {
         open_model(i);
         signed char *owner = malloc(graph.plan.total);
@@ -141,7 +142,7 @@ TEST(prints) {
     for (size_t i = 0; i < size; i++) lines += text[i] == '\n';
     CHECK_INT(lines, program.nnode + 1);
     CHECK_STR_HAS(text, "program of 8 nodes for 100 rows and 1 logit rows");
-    CHECK_STR_HAS(text, "embed      reads header tokens; writes x");
+    CHECK_STR_HAS(text, "embed      reads header tokens positions row_seq block_table next twin; writes kv_tokens x");
     CHECK_STR_HAS(text, "down       reads header x act; writes x");
     CHECK_STR_HAS(text, "head       reads header logit_rows x; writes head_normed logits");
     free(text);

@@ -402,6 +402,67 @@ TEST(nodes_touch_what_they_say) {
     }
 }
 
+/* ---- one step ahead ---- */
+
+/* Two sequences of which each step is launched before the one before it is waited for, their tokens fed by that one:
+ * the tokens are those of steps one by one. The entries change places, and a third sequence's prompt joins for a while.
+ */
+TEST(steps_fed_by_the_step_before) {
+    enum { STEPS = 12 };
+    int32_t blocks[3][MAX_BLOCKS];
+    int64_t expected[2][STEPS], next[3], unknown = -1;
+    for (size_t m = 0; m < 3; m++) {
+        open_model(&models[m]);
+        const size_t each = (runner.graph.plan.nblock - 1) / 3;
+        for (size_t s = 0; s < 3; s++)
+            for (size_t b = 0; b < MAX_BLOCKS; b++) blocks[s][b] = (int32_t)(s * each + b % each) + 1;
+        struct lla_step_seq waited[3] = {0}; /* no log-probabilities */
+        for (size_t s = 0; s < 2; s++)
+            for (size_t t = 0; t < STEPS; t++) {
+                const struct lla_step_seq one = {.slot = s,
+                                                 .tokens = t ? &expected[s][t - 1] : sequences[s].tokens,
+                                                 .ntoken = t ? 1 : 3 + s,
+                                                 .position0 = t ? 2 + s + t : 0,
+                                                 .blocks = blocks[s],
+                                                 .want_next = true,
+                                                 .sampling = sampling_at(s, t)};
+                CHECK_INT(lla_runner_step(&runner, &one, 1, &expected[s][t]), LLA_OK);
+            }
+        for (size_t t = 0; t <= STEPS; t++) {
+            size_t n = 0;
+            int32_t feed[3];
+            struct lla_step_seq step[3];
+            const bool has_prompt = t % 3 == 1;
+            if (has_prompt) { /* before the others: logit rows are not entries */
+                feed[n] = -1;
+                step[n++] =
+                    (struct lla_step_seq){.slot = 2, .tokens = sequences[2].tokens, .ntoken = 2, .blocks = blocks[2]};
+            }
+            for (size_t k = 0; k < 2 && t < STEPS; k++) {
+                const size_t s = (k + t) % 2;
+                const int32_t before = (int32_t)((s + t - 1) % 2) + ((t - 1) % 3 == 1); /* its entry in the last step */
+                feed[n] = t ? before : -1;
+                step[n++] = (struct lla_step_seq){.slot = s,
+                                                  .tokens = t ? &unknown : sequences[s].tokens,
+                                                  .ntoken = t ? 1 : 3 + s,
+                                                  .position0 = t ? 2 + s + t : 0,
+                                                  .blocks = blocks[s],
+                                                  .want_next = true,
+                                                  .sampling = sampling_at(s, t)};
+            }
+            if (n) CHECK_INT(lla_runner_launch(&runner, step, t ? feed : NULL, n), LLA_OK);
+            if (t) {
+                const size_t last = t - 1, prompt = last % 3 == 1;
+                CHECK_INT(lla_runner_wait(&runner, waited, 2 + prompt, next), LLA_OK);
+                if (prompt) CHECK_INT(next[0], -1);
+                for (size_t k = 0; k < 2; k++) CHECK_INT(next[prompt + k], expected[(k + last) % 2][last]);
+            }
+        }
+        if (runner.launched > runner.waited) CHECK_INT(lla_runner_wait(&runner, waited, 1, next), LLA_OK);
+        close_model();
+    }
+}
+
 /* ---- refusals ---- */
 
 static void check_refused(const struct lla_step_seq *steps, size_t n, const char *message) {
@@ -410,6 +471,16 @@ static void check_refused(const struct lla_step_seq *steps, size_t n, const char
     memcpy(before, runner.arena, runner.graph.plan.total);
     lla_clear_error();
     CHECK(lla_runner_step(&runner, steps, n, next));
+    CHECK_STR_HAS(lla_last_error(), message);
+    CHECK(!memcmp(before, runner.arena, runner.graph.plan.total));
+    free(before);
+}
+
+static void check_fed(const struct lla_step_seq *steps, const int32_t *feed, size_t n, const char *message) {
+    char *before = malloc(runner.graph.plan.total);
+    memcpy(before, runner.arena, runner.graph.plan.total);
+    lla_clear_error();
+    CHECK(lla_runner_launch(&runner, steps, feed, n));
     CHECK_STR_HAS(lla_last_error(), message);
     CHECK(!memcmp(before, runner.arena, runner.graph.plan.total));
     free(before);
@@ -442,7 +513,27 @@ TEST(steps_refused) {
     check_refused(s, 1, "KV block 0, expected 1 to 700");
     blocks[0] = 701;
     check_refused(s, 1, "KV block 701");
-    blocks[0] = 1;
+    blocks[0] = 1, s[1].slot = s[0].slot;
+    check_refused(s, 2, "sequence slot 0 stands twice in a step");
+    int64_t next[3];
+    CHECK(lla_runner_wait(&runner, s, 1, next));
+    CHECK_STR_HAS(lla_last_error(), "no step is in flight");
+    tokens[0] = -1;
+    check_fed(s, (int32_t[]){0}, 1, "entry 0 of the step before has chosen no token");
+    tokens[0] = 0, s[0].want_next = false, s[1].slot = 1;
+    CHECK_INT(lla_runner_step(&runner, s, 2, next), LLA_OK);
+    tokens[0] = -1;
+    check_fed(s, (int32_t[]){0}, 1, "entry 0 of the step before has chosen no token");
+    check_fed(s, (int32_t[]){3}, 1, "entry 3 of the step before has chosen no token");
+    s[0].ntoken = 2;
+    check_fed(s, (int32_t[]){1}, 1, "2 tokens, the first -1, of an entry that takes the choice of entry 1");
+    s[0].ntoken = 1, tokens[0] = 5;
+    check_fed(s, (int32_t[]){1}, 1, "expected one, -1");
+    tokens[0] = 0;
+    for (int i = 0; i < 2; i++) CHECK_INT(lla_runner_launch(&runner, s, NULL, 1), LLA_OK);
+    check_fed(s, NULL, 1, "a third step was launched while two are in flight");
+    check_refused(s, 1, "a step is in flight");
+    for (int i = 0; i < 2; i++) CHECK_INT(lla_runner_wait(&runner, s, 1, next), LLA_OK);
     close_model();
 }
 

@@ -160,6 +160,7 @@ class LlaisysEngineStats(Structure):
         ("step_s", c_double),
         ("host_s", c_double),
         ("host_cpu_s", c_double),
+        ("device_s", c_double),
     ]
 
 

@@ -142,6 +142,7 @@ class Metrics:
             ("llaisys:step_rows", "Tokens computed in steps", "rows"),
             ("llaisys:step_seconds", "Time in steps", "step_s"),
             ("llaisys:host_seconds", "Time between steps while there was work", "host_s"),
+            ("llaisys:device_seconds", "Time that a GPU spent in steps", "device_s"),
             ("llaisys:kv_evictions", "Cached KV blocks given up", "evictions"),
         ):
             yield counter(name, text, stats[key])

@@ -1,0 +1,18 @@
+/* step_draw.cuh: rows of logits that want more than their largest one. */
+#ifndef LLA_STEP_DRAW_CUH
+#define LLA_STEP_DRAW_CUH
+
+#include "step.cuh"
+
+/* Whether (v, i) comes before (w, j): larger first, the first of equals, NaN before all. */
+__device__ __forceinline__ bool better(float v, int32_t i, float w, int32_t j) {
+    const bool vn = isnan(v), wn = isnan(w);
+    if (vn != wn) return vn;
+    if (!vn && v != w) return v > w;
+    return i < j;
+}
+
+/* Chooses the tokens of rows that are not plain, and finds their odds (struct lla_draw has the formulas). */
+lla_status lla_cuda_draw(const lla_cuda_ctx *ctx, const lla_sample_args *args);
+
+#endif
