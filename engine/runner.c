@@ -204,6 +204,11 @@ static lla_status fetch(struct lla_runner *r, size_t row, const void **logits, s
 #endif
 }
 
+/* Whether the largest logit, which the program has taken, is not the row's token. */
+static bool is_drawn(const struct lla_sampling_row *how, const struct lla_step_seq *s) {
+    return !lla_is_plain(how) || s->mask;
+}
+
 /* The thread's share of the rows that want more than the largest logit. */
 static void draw_rows(void *arg, size_t rank) {
     struct draws *d = arg;
@@ -214,7 +219,7 @@ static void draw_rows(void *arg, size_t rank) {
         const struct lla_step_seq *s = &d->seqs[i];
         if (!s->want_next) continue;
         const struct lla_sampling_row *how = &sampling_rows(r)[row];
-        if (!lla_is_plain(how) && drawn++ % d->nthread == rank) {
+        if (is_drawn(how, s) && drawn++ % d->nthread == rank) {
             struct lla_draw draw = {.dtype = r->graph.dims.dtype,
                                     .n = r->graph.dims.vocab,
                                     .how = how,
@@ -222,6 +227,7 @@ static void draw_rows(void *arg, size_t rank) {
                                     .nknown = s->position0 + s->ntoken,
                                     .nprompt = s->nprompt,
                                     .bias = s->bias,
+                                    .mask = s->mask,
                                     .logprobs = s->logprobs};
             const lla_status status = fetch(r, row, &draw.logits, &draw.scratch);
             if (status)
@@ -234,10 +240,11 @@ static void draw_rows(void *arg, size_t rank) {
 }
 
 /* The program has taken the largest logit of each row; rows that want more are drawn here, from the same logits. */
-static lla_status draw(struct lla_runner *r, const struct lla_step_seq *seqs, size_t nseq, size_t logits) {
+static lla_status draw(struct lla_runner *r, const struct lla_step_seq *seqs, size_t nseq) {
     struct draws d = {.runner = r, .seqs = seqs, .nseq = nseq, .nthread = 1};
-    size_t count = 0;
-    for (size_t i = 0; i < logits; i++) count += !lla_is_plain(&sampling_rows(r)[i]);
+    size_t count = 0, row = 0;
+    for (size_t i = 0; i < nseq; i++)
+        if (seqs[i].want_next) count += is_drawn(&sampling_rows(r)[row++], &seqs[i]);
     if (!count) return LLA_OK;
     if (r->arena && count > 1) {
         d.nthread = lla_crew_size(r->crew);
@@ -284,7 +291,7 @@ lla_status lla_runner_step(struct lla_runner *r, const struct lla_step_seq *seqs
     else
 #endif
         lla_exec_cpu(program, r->arena, r->crew, 0, program->nnode);
-    LLA_TRY(draw(r, seqs, nseq, logits));
+    LLA_TRY(draw(r, seqs, nseq));
 
     const int32_t *chosen = (const int32_t *)(r->inputs + io->next);
     logit = 0;

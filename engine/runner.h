@@ -39,6 +39,7 @@ struct lla_step_seq {
     size_t nprompt;                 /* of these, the prompt's */
     const struct lla_bias *bias;    /* [sampling.nbias] */
     struct lla_candidate *logprobs; /* [sampling.nlogprob], written by the step: as struct lla_draw */
+    const uint32_t *mask;           /* [ceil(vocab / 32)] words, a set bit allows the token; NULL: all are allowed */
 };
 
 /* nthread 0: one CPU thread a core. */

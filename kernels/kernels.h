@@ -181,6 +181,7 @@ enum { LLA_WEIGHT_BITS = 40 };
 
 /* One row's token, in f32, by token t of n, in this order:
  *
+ *     logit[t] = -infinity                                      where the mask's bit is clear
  *     v = logit[t] + bias[t]                                    several of one token add up
  *     v = v > 0 ? v / repetition : v * repetition               t in prompt or answer
  *     v = v - count * frequency - presence                      count > 0 of t in the answer
@@ -192,7 +193,8 @@ enum { LLA_WEIGHT_BITS = 40 };
  *     random = Philox4x32-10(seed, position); the first t with sum of w up to t > floor(random / 2^32 * sum of w)
  *
  * Of equal v the smaller token comes first throughout. Where the largest v is NaN or infinite, its first token is
- * taken. Log-probabilities are those of the model: logit[t] - log(sum of e^logit), before all of the above; NaN where a
+ * taken, or, where all are -infinity, the first that the mask allows. Log-probabilities are those of the model among
+ * the tokens that the mask allows: logit[t] - log(sum of e^logit), before all that follows the mask above; NaN where a
  * logit is NaN or the largest infinite.
  *
  * Sums are of integers: they have no order, so that neither the instruction set nor, on a GPU, the blocks that share a
@@ -203,10 +205,12 @@ struct lla_draw {
     size_t n;
     const void *logits; /* [n] */
     const struct lla_sampling_row *how;
-    const int64_t *known;           /* [nknown]: prompt and answer, ids below n; read only where there is a penalty */
-    size_t nknown, nprompt;         /* nprompt <= nknown */
-    const struct lla_bias *bias;    /* [how->nbias], ids below n */
-    struct lla_candidate *scratch;  /* [n] */
+    const int64_t *known;          /* [nknown]: prompt and answer, ids below n; read only where there is a penalty */
+    size_t nknown, nprompt;        /* nprompt <= nknown */
+    const struct lla_bias *bias;   /* [how->nbias], ids below n */
+    const uint32_t *mask;          /* [ceil(n / 32)]: bit t % 32 of word t / 32 allows token t, and at least one is set;
+                                      NULL: all are allowed */
+    struct lla_candidate *scratch; /* [n] */
     struct lla_candidate *logprobs; /* [how->nlogprob], out: the chosen token's, then the largest; token -1 beyond n */
 };
 int32_t lla_cpu_draw(const struct lla_draw *draw);

@@ -207,6 +207,24 @@ static int32_t pick(const struct list *l, const struct lla_sampling_row *s) {
     return 0; /* not reached: place < mass */
 }
 
+/* The row in f32, -infinity where the mask does not allow a token. */
+static void load(const struct lla_draw *d, float *value) {
+    LLA_FN(lla_to_float)(d->dtype, d->n, d->logits, value);
+    if (!d->mask) return;
+    for (size_t i = 0; i < d->n; i += 32) {
+        const uint32_t word = d->mask[i / 32];
+        const size_t n = d->n - i < 32 ? d->n - i : 32;
+        if (word == UINT32_MAX) continue;
+        for (size_t j = 0; j < n; j++) value[i + j] = word >> j & 1 ? value[i + j] : -INFINITY;
+    }
+}
+
+static size_t first_allowed(const struct lla_draw *d) {
+    for (size_t i = 0; i < d->n; i++)
+        if (d->mask[i / 32] >> i % 32 & 1) return i;
+    return 0;
+}
+
 /* Bias and penalties; `count` [n] is scratch, set only where a known token needs it. */
 static void adjust(const struct lla_draw *d, float *value, int32_t *count) {
     const struct lla_sampling_row *s = d->how;
@@ -226,10 +244,11 @@ static void adjust(const struct lla_draw *d, float *value, int32_t *count) {
 
 static int32_t choose(const struct lla_draw *d, struct list *l) {
     const struct lla_sampling_row *s = d->how;
-    LLA_FN(lla_to_float)(d->dtype, d->n, d->logits, l->value);
+    load(d, l->value);
     adjust(d, l->value, l->token);
-    const size_t best = LLA_FN(lla_argmax)(LLAISYS_DTYPE_F32, l->n, l->value);
+    size_t best = LLA_FN(lla_argmax)(LLAISYS_DTYPE_F32, l->n, l->value);
     l->max = l->value[best];
+    if (d->mask && l->max == -INFINITY) best = first_allowed(d);
     if (lla_is_greedy(s) || !isfinite(l->max)) return (int32_t)best;
     l->scale = 1.44269504f / s->temperature;
     if (!(l->scale <= 3e38f)) l->scale = 3e38f; /* of the smallest temperatures: 0 * infinity is no number */
@@ -238,11 +257,11 @@ static int32_t choose(const struct lla_draw *d, struct list *l) {
     return pick(l, s);
 }
 
-/* Log-probabilities of the logits as they came: the chosen token's, then the largest in order. */
+/* Log-probabilities of the allowed logits as they came: the chosen token's, then the largest in order. */
 static void report(const struct lla_draw *d, int32_t chosen, struct list *l) {
     const size_t most = (size_t)d->how->nlogprob - 1, top = most < d->n ? most : d->n;
     struct lla_candidate *out = d->logprobs;
-    LLA_FN(lla_to_float)(d->dtype, d->n, d->logits, l->value);
+    load(d, l->value);
     l->max = l->value[LLA_FN(lla_argmax)(LLAISYS_DTYPE_F32, l->n, l->value)];
     l->scale = 1.44269504f;
     double log_mass = NAN;
