@@ -132,6 +132,8 @@ class _Runner:
         finally:
             http.should_exit = True
             await serving
+            if self.server.model is not None:
+                await asyncio.to_thread(self.server.model.close)
             if engine is not None:
                 engine.close()
 

@@ -1,0 +1,53 @@
+"""Compiles grammars where it does no harm: a process that its parent may end at any time.
+
+A schema of a few bytes can take minutes to compile ({"multipleOf": 1234567}), or all memory, and a
+thread that compiles cannot be stopped. So grammars from strangers are compiled here first. Run as a
+program of its own, without this package: reads lines of JSON, first {"tokenizer", "vocab", "eos",
+"limits"}, then strings, each a grammar; answers each with a line: null, or what is wrong with it.
+"""
+
+import json
+import resource
+import sys
+from typing import Any
+
+MEMORY = 4 << 30  # of address space, in bytes; a large vocabulary takes about a tenth of it
+
+__all__ = ["check", "make_tokenizer"]
+
+
+def make_tokenizer(text: str, vocab: int, eos: list[int]) -> Any:
+    from llguidance import LLTokenizer
+
+    return LLTokenizer(text, n_vocab=vocab, eos_token=eos)
+
+
+def check(tokenizer: Any, grammar: str, limits: dict[str, Any]) -> tuple[Any, str | None]:
+    """The grammar's beginning, and what is wrong with it: nothing may begin, or it is too large."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**limits))
+    if not matcher.is_error():
+        mask = matcher.compute_bitmask()
+        if not matcher.is_error() and not any(mask):
+            return matcher, "nothing satisfies it"
+    if not matcher.is_error():
+        return matcher, None
+    text = matcher.get_error().partition("\n<")[0]
+    if text.startswith("NoExtension"):
+        text = "nothing finite satisfies it"
+    return matcher, " ".join(text.split())[:400]
+
+
+def main() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    setup = json.loads(sys.stdin.readline())
+    tokenizer = make_tokenizer(setup["tokenizer"], setup["vocab"], setup["eos"])
+    print(json.dumps(None), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(check(tokenizer, json.loads(line), setup["limits"])[1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
