@@ -250,6 +250,6 @@ class Constraint:
         self._engine.set_mask(self._number, self._count, mask[:size])
 
     def _fail(self, error: str) -> None:
-        self.error = " ".join(error.partition("\n<")[0].split())[:400]
+        self.error = trial.explain(error)
         with contextlib.suppress(Exception):  # the engine is closing
             self._engine.cancel(self._number)

@@ -147,6 +147,9 @@ def _json(schema: Mapping[str, Any], name: str, *, is_strict: bool) -> str:
         raise ApiError(400, f"{name}: nested too deeply", param=name) from None
     if len(text) > MAX_SCHEMA:
         raise ApiError(
-            400, f"{name}: {len(text)} characters of JSON, at most {MAX_SCHEMA} allowed", param=name
+            400,
+            f"{name}: {len(text)} characters of JSON, at most {MAX_SCHEMA} allowed",
+            param=name,
+            code="invalid_schema",
         )
     return f"%json {text}"

@@ -7,13 +7,14 @@ program of its own, without this package: reads lines of JSON, first {"tokenizer
 """
 
 import json
+import re
 import resource
 import sys
 from typing import Any
 
 MEMORY = 4 << 30  # of address space, in bytes; a large vocabulary takes about a tenth of it
 
-__all__ = ["check", "make_tokenizer"]
+__all__ = ["check", "explain", "make_tokenizer"]
 
 
 def make_tokenizer(text: str, vocab: int, eos: list[int]) -> Any:
@@ -33,10 +34,16 @@ def check(tokenizer: Any, grammar: str, limits: dict[str, Any]) -> tuple[Any, st
             return matcher, "nothing satisfies it"
     if not matcher.is_error():
         return matcher, None
-    text = matcher.get_error().partition("\n<")[0]
-    if text.startswith("NoExtension"):
-        text = "nothing finite satisfies it"
-    return matcher, " ".join(text.split())[:400]
+    return matcher, explain(matcher.get_error())
+
+
+def explain(error: str) -> str:
+    """llguidance's messages, less the grammar's own text, which the client does not know."""
+    if error.startswith("NoExtension"):
+        return "nothing finite satisfies it"
+    text = re.split(r"\n +\d+ \| |\n<", error, maxsplit=1)[0]
+    text = re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", text)
+    return " ".join(text.split())[:400]
 
 
 def main() -> None:
