@@ -498,6 +498,6 @@ def test_ends_are_the_engines(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(MINI, folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2043}))
-    from llaisys.server.prepare import _end_tokens
+    from llaisys.server.prepare import _vocabulary
 
-    assert _end_tokens(folder) == [2045, 2043]
+    assert _vocabulary(folder) == (2048, [2045, 2043])

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..tokenizer import _readable_errors
 from . import trial
 from .errors import ApiError
 from .logs import log
@@ -71,7 +72,11 @@ class _Grammar:
 
 
 class Grammars:
-    """Compiles, and keeps the grammars used last. Belongs to one event loop."""
+    """Compiles, and keeps the grammars used last. Belongs to one event loop.
+
+    To create one takes seconds for a large vocabulary, in which no other Python runs: it is better
+    done while the server starts. Raises TokenizerError.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocab: int, eos: Sequence[int]) -> None:
         self.vocab = vocab
@@ -81,7 +86,10 @@ class Grammars:
             "eos": list(eos),
             "limits": LIMITS,
         }
-        self._tokenizer: Any = None
+        with _readable_errors("llguidance"):
+            self._tokenizer = trial.make_tokenizer(
+                self._setup["tokenizer"], self._setup["vocab"], self._setup["eos"]
+            )
         self._cache: OrderedDict[str, _Grammar | str] = OrderedDict()
         self._lock = asyncio.Lock()
         self._waiting = 0
@@ -129,14 +137,8 @@ class Grammars:
         error = await self._try(grammar)
         if error is not None:
             return error
-        matcher, error = await asyncio.to_thread(self._compile_here, grammar)
+        matcher, error = await asyncio.to_thread(trial.check, self._tokenizer, grammar, LIMITS)
         return _Grammar(matcher, 4 * len(grammar)) if error is None else error
-
-    def _compile_here(self, grammar: str) -> tuple[Any, str | None]:
-        if self._tokenizer is None:
-            setup = self._setup
-            self._tokenizer = trial.make_tokenizer(setup["tokenizer"], setup["vocab"], setup["eos"])
-        return trial.check(self._tokenizer, grammar, LIMITS)
 
     # ---- the trial process ----
 

@@ -92,8 +92,20 @@ class Model:
         template = self.tokenizer.chat_template or ""
         self.thinks = THINK_END in template or self.tokenizer.token_id(THINK_END) is not None
         self.max_seq = self.vocab = 0  # known once the engine is open
-        self._ends = _end_tokens(self.path)
         self._grammars: Grammars | None = None
+        self._without_grammars = "they are not ready"
+
+    def prepare_grammars(self) -> None:
+        """What schemas and tools need; without it, requests that ask for them are refused."""
+        try:
+            vocab, ends = _vocabulary(self.path)
+            if importlib.util.find_spec("llguidance") is None:
+                raise TokenizerError("there is no Python package llguidance")
+            if not ends:
+                raise TokenizerError("the model has no end token")
+            self._grammars = Grammars(self.tokenizer, vocab, ends)
+        except TokenizerError as error:
+            self._without_grammars = _without_path(error, self.path)
 
     def close(self) -> None:
         """Before the engine is closed: no more masks from now on."""
@@ -196,17 +208,15 @@ class Model:
             raise ApiError(
                 400, f"ignore_eos: an answer with {plan.param} has an end", param="ignore_eos"
             )
-        if importlib.util.find_spec("llguidance") is None or not self._ends:
-            lack = "end token" if not self._ends else "Python package llguidance"
+        grammars = self._grammars
+        if grammars is None:
             raise ApiError(
                 400,
-                f"{plan.param}: this server cannot follow it, since there is no {lack}",
+                f"{plan.param}: this server cannot follow it: {self._without_grammars}",
                 param=plan.param,
                 code="unsupported_parameter",
             )
-        if self._grammars is None:
-            self._grammars = Grammars(self.tokenizer, self.vocab, self._ends)
-        grammars, grammar = self._grammars, await self._grammars.compile(plan)
+        grammar = await grammars.compile(plan)
         prepared.constrain = lambda: Constraint(grammars, grammar, plan)
         for item in prepared.requests:
             item.constrained, item.constrain_after = True, plan.after
@@ -462,17 +472,23 @@ def _without_path(error: TokenizerError, path: Path) -> str:
     return str(error).removeprefix(f"{path}: ")
 
 
-def _end_tokens(folder: Path) -> list[int]:
-    """The tokens that end the engine's answers, as it reads them itself."""
-    found: dict[int, None] = {}
+def _vocabulary(folder: Path) -> tuple[int, list[int]]:
+    """The model's vocabulary, and the tokens that end its answers, as the engine reads them."""
+    vocab, ends = 0, []
     for name in ("config.json", "generation_config.json"):
         try:
-            ids = json.loads((folder / name).read_text(encoding="utf-8"))["eos_token_id"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue  # the engine says what is wrong with them
-        ids = ids if isinstance(ids, list) else [ids]
-        found.update((token, None) for token in ids if isinstance(token, int))
-    return list(found)
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            raise TokenizerError(f"{name}: expected JSON: {error}") from error
+        if isinstance(config, dict):
+            vocab = vocab or config.get("vocab_size", 0)
+            ids = config.get("eos_token_id")
+            ends += ids if isinstance(ids, list) else [ids]
+    if not isinstance(vocab, int) or not 0 < vocab < 2**31:
+        raise TokenizerError("config.json: expected a vocab_size")
+    return vocab, list(dict.fromkeys(i for i in ends if isinstance(i, int) and 0 <= i < vocab))
 
 
 def _generation_defaults(file: Path) -> dict[str, float]:

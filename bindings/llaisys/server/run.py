@@ -150,7 +150,10 @@ class _Runner:
             model = await asyncio.to_thread(Model, config)
             self.clock.lap("tokenizer")
             # a model that opens cannot be interrupted: its thread is waited for either way
-            engine = await asyncio.to_thread(lambda: Engine(config.model, **config.engine))
+            engine, _ = await asyncio.gather(
+                asyncio.to_thread(lambda: Engine(config.model, **config.engine)),
+                asyncio.to_thread(model.prepare_grammars),
+            )
         except (LlaisysError, ValueError, OSError) as error:
             self.error = error
             return None
