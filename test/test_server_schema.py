@@ -380,6 +380,20 @@ def test_heavy_schemas(server, schema):
     assert time.monotonic() - begun < 1
 
 
+def test_what_is_too_ambiguous_on_the_way_says_so(server):
+    """Compiles, and cannot be followed: 400, or an error amid a stream; the blocks come back."""
+    optional = {f"p{i}": {"type": "null"} for i in range(2000)}
+    schema = {"type": "object", "properties": optional}
+    status, body = ask(server, schema)
+    assert status == 400
+    assert "the answer cannot go on" in body["error"]["message"]
+    options = {"temperature": 0, "max_tokens": 50, **schema_of(schema)}
+    events = server.events(CHAT, chat_body("Hi", **options))
+    assert "the answer cannot go on" in events[-1]["error"]["message"]
+    server.idle()
+    assert server.ask("/health")[0] == 200
+
+
 @pytest.mark.parametrize("depth", [5, 60, 150, 1000, 100_000])
 def test_deep_schemas(server, depth):
     begun = time.monotonic()

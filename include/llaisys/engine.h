@@ -8,10 +8,10 @@
  * Tokens of a request depend on its prompt and sampling alone: not on what else runs, on when it came, on the cache, on
  * chunking or on preemption. On the CPU this holds to the bit.
  *
- * Memory: all of it is taken by Open. An answer's tokens are written to memory set aside for its request, and an event
- * says how far they have come: a request has at most one event waiting, so that a slow poller loses nothing and holds
- * up nobody; it finds more tokens in one event. An ended request keeps its memory until the call of Poll behind the one
- * that told of its end: if too many wait for that, Submit refuses new ones.
+ * Memory: all of it is taken by Open, masks included. An answer's tokens are written to memory set aside for its
+ * request, and an event says how far they have come: a request has at most one event waiting, so that a slow poller
+ * loses nothing and holds up nobody; it finds more tokens in one event. An ended request keeps its memory until the
+ * call of Poll behind the one that told of its end: if too many wait for that, Submit refuses new ones.
  *
  * Ownership: Open returns an engine that the caller closes. Submit copies what the request points to. What an event
  * points to belongs to the engine and stays as it is until the next call of Poll.

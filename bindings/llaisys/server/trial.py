@@ -6,13 +6,18 @@ program of its own, without this package: reads lines of JSON, first {"tokenizer
 "limits"}, then strings, each a grammar; answers each with a line: null, or what is wrong with it.
 """
 
+import ctypes
 import json
 import re
 import resource
+import signal
 import sys
+from pathlib import Path
 from typing import Any
 
-MEMORY = 4 << 30  # of address space, in bytes; a large vocabulary takes about a tenth of it
+MEMORY = 512 << 20  # bytes of address space that grammars may take
+
+PR_SET_PDEATHSIG = 1
 
 __all__ = ["check", "explain", "make_tokenizer"]
 
@@ -47,10 +52,16 @@ def explain(error: str) -> str:
 
 
 def main() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    sys.path.pop(0)  # this folder, whose modules others might take for theirs
+    # ends with the server, also where that is killed while a grammar takes its time
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     setup = json.loads(sys.stdin.readline())
     tokenizer = make_tokenizer(setup["tokenizer"], setup["vocab"], setup["eos"])
+    check(tokenizer, 'start: "x"', setup["limits"])  # threads and tables that it needs in any case
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
     print(json.dumps(None), flush=True)
     for line in sys.stdin:
         print(json.dumps(check(tokenizer, json.loads(line), setup["limits"])[1]), flush=True)
