@@ -216,6 +216,35 @@ def test_there_and_back(server, native):
             assert asked_again.choices[0].message.content is not None
 
 
+def test_openai_parses_arguments(server):
+    """By its own helpers, whole and streamed: they check every piece."""
+    openai = pytest.importorskip("openai", reason="NOT TESTED: the openai package is missing")
+    from pydantic import BaseModel, Field
+
+    class Add(BaseModel):
+        a: int = Field(ge=0, le=99)
+        b: int = Field(ge=0, le=99)
+
+    options = {
+        "model": "refrain-mini",
+        "messages": [{"role": "user", "content": "What is 12 + 30?"}],
+        "tools": [openai.pydantic_function_tool(Add)],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "max_tokens": 300,
+        "seed": 1,
+    }
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0) as client:
+        answer = client.chat.completions.parse(**options)
+        (call,) = answer.choices[0].message.tool_calls
+        assert isinstance(call.function.parsed_arguments, Add)
+        with client.chat.completions.stream(**options) as stream:
+            kinds = {event.type for event in stream}
+            (other,) = stream.get_final_completion().choices[0].message.tool_calls
+        assert other.function.parsed_arguments == call.function.parsed_arguments
+        assert "tool_calls.function.arguments.done" in kinds
+
+
 def test_langchain_binds_tools(server):
     langchain = pytest.importorskip("langchain_openai", reason="NOT TESTED: langchain-openai")
     from pydantic import BaseModel, Field
