@@ -156,6 +156,26 @@ def test_disconnects_leave_nothing(server):
     server.idle()
 
 
+def test_limits_hold(tmp_path):
+    """Few slots and blocks, so that answers wait and give way; time limits; the prefix cache."""
+    options = ("--request-timeout", 3, "--max-seqs", 4, "--kv-tokens", 1024)
+    with Served(tmp_path / "log", *options) as small:
+        long = {"type": "string", "minLength": 10**6}
+        status, body = ask(small, long, n=40)
+        assert (status, body["error"]["code"]) == (504, "timeout")
+        small.idle()
+        status, body = ask(small, SMALL, n=16, seed=1, temperature=1.5)
+        assert status == 200
+        check(body, SMALL)
+        assert small.metric("vllm:num_preemptions_total") > 0
+        small.idle()
+        plain = small.chat("Hello " * 50, max_tokens=1)
+        body = small.chat("Hello " * 50, **schema_of(SMALL), max_tokens=400)
+        check(body, SMALL)
+        cached = body["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert plain["usage"]["prompt_tokens"] - cached <= 32
+
+
 # ---- schemas of all kinds ----
 
 NAMES = st.sampled_from(["a", "b", "id", "key with space", "ü", 'quo"te'])
