@@ -80,16 +80,10 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, vocab: int, eos: Sequence[int]) -> None:
         self.vocab = vocab
-        self._setup = {
-            "tokenizer": tokenizer.to_json(),
-            "vocab": vocab,
-            "eos": list(eos),
-            "limits": LIMITS,
-        }
         with _readable_errors("llguidance"):
-            self._tokenizer = trial.make_tokenizer(
-                self._setup["tokenizer"], self._setup["vocab"], self._setup["eos"]
-            )
+            text, ends = tokenizer.to_json(), list(eos)
+            self._setup = {"tokenizer": text, "vocab": vocab, "eos": ends, "limits": LIMITS}
+            self._tokenizer = trial.make_tokenizer(text, vocab, ends)
         self._cache: OrderedDict[str, _Grammar | str] = OrderedDict()
         self._lock = asyncio.Lock()
         self._waiting = 0
