@@ -145,6 +145,34 @@ def test_several_calls_and_choices(server):
     assert max(counts) > 1
 
 
+def test_thoughts_and_formats_beside_tools(server):
+    thinking = {"chat_template_kwargs": {"enable_thinking": True}, "temperature": 0}
+    body = asked("required", parallel_tool_calls=False, **thinking)
+    (choice,) = server.ask(CHAT, body)[2]["choices"]
+    assert choice["message"]["reasoning_content"]
+    check_call(choice["message"]["tool_calls"][0])
+    events = server.events(CHAT, body)
+    assert joined(events, "reasoning_content") == choice["message"]["reasoning_content"]
+    assert streamed_calls(events)[0]["function"] == choice["message"]["tool_calls"][0]["function"]
+    (choice,) = server.ask(CHAT, asked("auto", **thinking))[2]["choices"]
+    assert choice["message"]["reasoning_content"] and choice["message"]["content"]
+
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    kinds = set()
+    for seed in range(10):
+        body = asked("auto", seed=seed, temperature=2, response_format=wanted)
+        (choice,) = server.ask(CHAT, body)[2]["choices"]
+        message = choice["message"]
+        kinds.add("tool_calls" in message)
+        if choice["finish_reason"] == "stop":
+            assert list(json.loads(message["content"])) == ["a"]
+        elif choice["finish_reason"] == "tool_calls":
+            check_call(message["tool_calls"][0])
+    assert False in kinds
+
+
 def test_a_call_that_is_cut_says_so(server):
     (choice,) = server.ask(CHAT, asked(BY_NAME, max_tokens=25))[2]["choices"]
     assert choice["finish_reason"] == "length"
