@@ -64,10 +64,15 @@ void llaisysEngineClose(struct LlaisysEngine *e) {
     free(e->biases);
     free(e->logprobs);
     free(e->blocks);
+    free(e->masks);
     free(e->ring);
     free(e->chosen);
     free_runner(e->runner);
     free(e);
+}
+
+static size_t mask_words(const struct LlaisysEngine *e) {
+    return (e->vocab + 31) / 32;
 }
 
 static lla_status allocate(struct LlaisysEngine *e, const struct lla_engine_config *config) {
@@ -81,9 +86,11 @@ static lla_status allocate(struct LlaisysEngine *e, const struct lla_engine_conf
     e->biases = calloc(e->nrequest * LLAISYS_MAX_LOGIT_BIAS, sizeof *e->biases);
     e->logprobs = calloc(e->nrequest * c->max_seq, (1 + e->max_logprobs) * sizeof *e->logprobs);
     e->blocks = calloc(e->nrequest * max_blocks, sizeof *e->blocks);
+    e->masks = calloc(e->nrequest * mask_words(e), sizeof *e->masks); /* touched by constrained requests alone */
     e->ring = calloc(e->nrequest, sizeof(struct lla_request *));
     e->chosen = calloc(c->max_seqs, sizeof *e->chosen);
-    LLA_REQUIRE(e->requests && e->tokens && e->biases && e->logprobs && e->blocks && e->ring && e->chosen, LLA_ENOMEM,
+    LLA_REQUIRE(e->requests && e->tokens && e->biases && e->logprobs && e->blocks && e->masks && e->ring && e->chosen,
+                LLA_ENOMEM,
                 "no memory for %zu requests of %zu tokens with %zu log-probabilities each: lower max_seqs, max_queue, "
                 "maxseq or max_logprobs",
                 e->nrequest, c->max_seq, 1 + e->max_logprobs);
@@ -305,6 +312,14 @@ static lla_status check_ids(const struct LlaisysEngine *e, const char *what, con
     return LLA_OK;
 }
 
+static lla_status check_constraint(const struct LlaisysEngine *e, const struct LlaisysRequest *q) {
+    LLA_REQUIRE((int)q->constrained >= LLAISYS_CONSTRAIN_NEVER && (int)q->constrained <= LLAISYS_CONSTRAIN_AFTER,
+                LLA_EINVAL, "constrained is %d, expected 0 to 2", (int)q->constrained);
+    if (q->constrained == LLAISYS_CONSTRAIN_NEVER) return LLA_OK;
+    if (q->constrained == LLAISYS_CONSTRAIN_ALWAYS && q->constrain_after == -1) return LLA_OK;
+    return check_ids(e, "constrain_after", &q->constrain_after, 1);
+}
+
 static lla_status check_request(const struct LlaisysEngine *e, const struct LlaisysRequest *q) {
     LLA_REQUIRE(q->prompt && q->nprompt > 0, LLA_EINVAL, "the prompt is empty, expected at least one token");
     LLA_REQUIRE(q->nprompt < e->max_seq, LLA_ELIMIT,
@@ -313,6 +328,7 @@ static lla_status check_request(const struct LlaisysEngine *e, const struct Llai
                 "%zu stop tokens, expected at most %d", q->nstop, LLAISYS_MAX_STOP);
     LLA_TRY(check_ids(e, "prompt", q->prompt, q->nprompt));
     LLA_TRY(check_ids(e, "stop", q->stop, q->nstop));
+    LLA_TRY(check_constraint(e, q));
     return check_sampling(e, q);
 }
 
@@ -362,10 +378,14 @@ static void fill(const struct LlaisysEngine *e, const struct LlaisysRequest *q, 
                                       .seed = p->seed},
                          .bias = bias,
                          .logprobs = e->logprobs + place * e->max_seq * (1 + e->max_logprobs),
+                         .mask = q->constrained ? e->masks + place * mask_words(e) : NULL,
+                         .trigger = q->constrained ? q->constrain_after : -1,
+                         .is_masked = q->constrained == LLAISYS_CONSTRAIN_ALWAYS,
                          .kv = {.blocks = r->seq.kv.blocks, .salt = q->cache_salt, .is_private = q->no_cache != 0}};
     r->tag = q->tag;
     r->submitted_ns = lla_now_ns();
-    r->news = (struct lla_news){0};
+    r->news =
+        (struct lla_news){.is_constrained = q->constrained != LLAISYS_CONSTRAIN_NEVER, .needs_mask = r->seq.is_masked};
     memcpy(r->seq.tokens, q->prompt, q->nprompt * sizeof *q->prompt);
     for (size_t i = 0; i < q->nlogit_bias; i++)
         bias[i] = (struct lla_bias){(int32_t)q->logit_bias[i].token, q->logit_bias[i].bias};
@@ -413,6 +433,53 @@ int llaisysEngineCancel(struct LlaisysEngine *e, uint64_t id) {
     return LLA_OK;
 }
 
+/* ---- masks ---- */
+
+static bool allows_any(const struct LlaisysEngine *e, const uint32_t *words) {
+    const size_t n = mask_words(e), spare = 32 * n - e->vocab;
+    for (size_t i = 0; i + 1 < n; i++)
+        if (words[i]) return true;
+    return words[n - 1] & UINT32_MAX >> spare;
+}
+
+/* Under the lock. */
+static lla_status take_mask(struct LlaisysEngine *e, struct lla_request *r, size_t index, const uint32_t *words) {
+    struct lla_news *news = &r->news;
+    LLA_REQUIRE(news->is_constrained, LLA_EINVAL, "a mask for request %llu, which is not constrained",
+                (unsigned long long)r->id);
+    LLA_REQUIRE(index == news->published, LLA_EINVAL,
+                "a mask for token %zu of an answer that has %zu tokens, expected %zu", index, news->published,
+                news->published);
+    LLA_REQUIRE(news->needs_mask, LLA_EINVAL, "a mask for token %zu, which needs none", index);
+    LLA_REQUIRE(news->nmask <= index, LLA_EINVAL, "a second mask for token %zu", index);
+    if (words) {
+        memcpy(e->masks + (size_t)(r - e->requests) * mask_words(e), words, mask_words(e) * sizeof *words);
+        news->nmask = index + 1;
+        news->mask = allows_any(e, words) ? LLA_MASK_SET : LLA_MASK_EMPTY;
+    } else {
+        news->needs_mask = false;
+        news->mask = LLA_MASK_LIFTED;
+    }
+    r->next_masked = e->masked;
+    e->masked = r;
+    pthread_cond_signal(&e->work);
+    return LLA_OK;
+}
+
+int llaisysEngineSetMask(struct LlaisysEngine *e, uint64_t id, size_t index, const uint32_t *words, size_t nword) {
+    lla_clear_error();
+    LLA_REQUIRE(e, LLA_EINVAL, "llaisysEngineSetMask: engine is NULL");
+    LLA_REQUIRE(!words || nword == mask_words(e), LLA_EINVAL,
+                "a mask of %zu words, expected %zu for a vocabulary of %zu", nword, mask_words(e), e->vocab);
+    lla_status status = LLA_OK;
+    pthread_mutex_lock(&e->lock);
+    struct lla_request *r = &e->requests[id % e->nrequest];
+    if (r->is_live && r->id == id && !r->news.finish && !r->news.is_cancelled && !e->is_stopping && !e->has_failed)
+        status = take_mask(e, r, index, words);
+    pthread_mutex_unlock(&e->lock);
+    return status;
+}
+
 /* ---- poll ---- */
 
 void lla_engine_signal(struct LlaisysEngine *e) {
@@ -437,6 +504,11 @@ static const struct LlaisysLogprob *logprobs_of(const struct lla_request *r, siz
     return n ? (const struct LlaisysLogprob *)(r->seq.logprobs + first * n) : NULL;
 }
 
+static const char *message_of(const struct LlaisysEngine *e, const struct lla_request *r) {
+    if (r->news.finish == LLAISYS_FINISH_ERROR) return e->failure;
+    return r->news.finish == LLAISYS_FINISH_MASKED ? "the mask of the next token allows no token" : NULL;
+}
+
 /* Under the lock: the news of up to `capacity` requests. */
 static size_t collect(struct LlaisysEngine *e, struct LlaisysEvent *events, size_t capacity) {
     while (e->told.first) { /* what the last poll returned has been read by now */
@@ -457,7 +529,7 @@ static size_t collect(struct LlaisysEngine *e, struct LlaisysEvent *events, size
                                           .logprobs = logprobs_of(r, r->news.delivered),
                                           .nlogprob = (size_t)r->seq.sampling.nlogprob,
                                           .finish = r->news.finish,
-                                          .message = r->news.finish == LLAISYS_FINISH_ERROR ? e->failure : NULL,
+                                          .message = message_of(e, r),
                                           .prompt_tokens = r->seq.nprompt,
                                           .completion_tokens = r->news.published,
                                           .cached_tokens = r->news.cached,

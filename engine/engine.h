@@ -34,9 +34,13 @@ struct lla_request {
     /* guarded by lock */
     uint64_t id;
     bool is_live; /* submitted, and its end not polled yet; nobody but its submitter looks at the rest before */
-    struct lla_request *next_cancelled;
+    struct lla_request *next_cancelled, *next_masked;
     struct lla_news {
         bool is_cancelled, is_announced;
+        bool is_constrained;
+        enum lla_mask_news { LLA_MASK_NONE, LLA_MASK_SET, LLA_MASK_EMPTY, LLA_MASK_LIFTED } mask; /* loop: not seen */
+        size_t nmask;    /* as seq's; the words are written before the loop sees the news, and read behind that */
+        bool needs_mask; /* the token behind the published ones does, or has it */
         size_t published, delivered; /* answer tokens that may be polled; that have been */
         enum LlaisysFinish finish;
         size_t cached, preemptions;
@@ -52,6 +56,7 @@ struct LlaisysEngine {
     struct lla_runner *runner; /* owned; NULL under a test's executor */
     struct lla_executor executor;
     size_t vocab, max_seq;
+    uint32_t *masks;              /* [nrequest, ceil(vocab / 32)] */
     size_t max_under_way;         /* requests running or waiting */
     struct lla_request *requests; /* [nrequest] */
     size_t nrequest;
@@ -73,6 +78,7 @@ struct LlaisysEngine {
     pthread_cond_t quiet; /* for drain: a request has ended */
     struct lla_list free, inbox;
     struct lla_request *cancelled; /* through next_cancelled */
+    struct lla_request *masked;    /* of which there is news of the mask, through next_masked */
     struct lla_request **ring;     /* [nrequest]: requests with news, each once */
     size_t ring_first, ring_count;
     struct lla_list told; /* ended requests of the last poll: what it returned points to them */

@@ -33,6 +33,7 @@ static void publish(struct LlaisysEngine *e, struct lla_request *r, int64_t now)
     if (answer > r->news.published && !r->news.published) r->news.first_ns = now;
     e->stats.generated_tokens += answer - r->news.published;
     if (answer == r->news.published && r->seq.state != LLA_SEQ_ENDED) return;
+    if (answer > r->news.published) r->news.needs_mask = r->seq.is_masked;
     r->news.published = answer;
     r->news.cached = r->seq.cached;
     r->news.preemptions = r->seq.preemptions;
@@ -79,6 +80,22 @@ static void take_requests(struct LlaisysEngine *e, int64_t now) {
         publish(e, r, now);
     }
     e->cancelled = NULL;
+    for (struct lla_request *r = e->masked, *next; r; r = next) {
+        const enum lla_mask_news news = r->news.mask;
+        next = r->next_masked;
+        r->next_masked = NULL;
+        r->news.mask = LLA_MASK_NONE;
+        if (r->seq.state == LLA_SEQ_ENDED) continue;
+        if (news == LLA_MASK_SET) {
+            lla_scheduler_mask(&r->seq);
+        } else if (news == LLA_MASK_LIFTED) {
+            lla_scheduler_unmask(&r->seq);
+        } else {
+            lla_scheduler_end(&e->scheduler, &r->seq, LLAISYS_FINISH_MASKED);
+            publish(e, r, now);
+        }
+    }
+    e->masked = NULL;
 }
 
 static void end_all(struct LlaisysEngine *e, enum LlaisysFinish finish, int64_t now) {
@@ -156,7 +173,7 @@ void *lla_engine_loop(void *engine) {
         }
         copy_stats(e);
         if (had_none && e->ring_count) lla_engine_signal(e);
-        while (!formed && !finished && !e->inbox.first && !e->cancelled && !e->is_stopping) {
+        while (!formed && !finished && !e->inbox.first && !e->cancelled && !e->masked && !e->is_stopping) {
             host_from = 0;
             pthread_cond_wait(&e->work, &e->lock);
         }

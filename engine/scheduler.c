@@ -180,10 +180,16 @@ static bool make_room(struct lla_scheduler *s, size_t i) {
 
 /* ---- the step ---- */
 
-/* Tokens that can be computed next; a token that is chosen just now and will be the last needs no row. */
+/* Whether the next token that has not been chosen yet needs a mask that has not come. */
+static bool waits_for_mask(const struct lla_seq *seq) {
+    return seq->is_masked && seq->nmask <= seq->ntoken + seq->pending - seq->nprompt;
+}
+
+/* Tokens that can be computed next. A token that is chosen just now and will be the last needs no row; one that would
+ * be followed by a choice without its mask has none yet. */
 static size_t tokens_left(const struct lla_seq *seq) {
     const size_t n = seq->ntoken + seq->pending;
-    return n - seq->computed - (n == seq->limit);
+    return n - seq->computed - (n == seq->limit || waits_for_mask(seq));
 }
 
 /* A row for every sequence with one token to compute: the one it chose last, or a prompt's last. Who is preempted on
@@ -237,11 +243,12 @@ static void add_rows(struct lla_step *step, struct lla_seq *seq) {
                                           .ntoken = seq->grant,
                                           .position0 = seq->computed,
                                           .blocks = seq->kv.blocks,
-                                          .want_next = seq->grant == tokens_left(seq),
+                                          .want_next = seq->grant == tokens_left(seq) && !waits_for_mask(seq),
                                           .sampling = seq->sampling,
                                           .known = seq->tokens,
                                           .nprompt = seq->nprompt,
-                                          .bias = seq->bias};
+                                          .bias = seq->bias,
+                                          .mask = seq->is_masked ? seq->mask : NULL};
     if (end >= seq->nprompt && seq->sampling.nlogprob)
         step->seqs[i].logprobs = seq->logprobs + (end - seq->nprompt) * (size_t)seq->sampling.nlogprob;
     step->who[i] = seq;
@@ -270,6 +277,25 @@ static bool is_stop(const struct lla_scheduler *s, const struct lla_seq *seq, in
     return false;
 }
 
+/* The token behind which masks are needed: a row that a step in flight has behind it chooses without one. It has the
+ * right token, so that its KV stays; the row is computed once more, to choose again. */
+static void begin_masks(struct lla_scheduler *s, struct lla_seq *seq) {
+    seq->is_masked = true;
+    if (!seq->pending) return;
+    assert(s->latest && s->latest->who[seq->place] == seq);
+    s->latest->who[seq->place] = NULL;
+    seq->pending = 0;
+    seq->computed--;
+}
+
+void lla_scheduler_mask(struct lla_seq *seq) {
+    seq->nmask = seq->ntoken - seq->nprompt + 1;
+}
+
+void lla_scheduler_unmask(struct lla_seq *seq) {
+    seq->is_masked = false;
+}
+
 void lla_scheduler_done(struct lla_scheduler *s, const struct lla_step *step, const int64_t *next) {
     if (s->latest == step) s->latest = NULL;
     for (size_t i = 0; i < step->nseq; i++) {
@@ -286,5 +312,7 @@ void lla_scheduler_done(struct lla_scheduler *s, const struct lla_step *step, co
             lla_scheduler_end(s, seq, LLAISYS_FINISH_STOP);
         else if (seq->ntoken == seq->limit)
             lla_scheduler_end(s, seq, LLAISYS_FINISH_LENGTH);
+        else if (seq->mask && !seq->is_masked && next[i] == seq->trigger)
+            begin_masks(s, seq);
     }
 }

@@ -27,6 +27,12 @@
  * written by the step in flight; none of them is a known prefix, and steps run in order, so that the next owner's
  * writes come later.
  *
+ * Masks. A sequence may need a mask for each token that it chooses: what tokens are allowed follows from those before,
+ * and somebody else works it out. Until the mask of the next token has come, the sequence has no row for it; its prompt
+ * is computed meanwhile up to the last token, and nobody else waits. Such a sequence may also go free until it has
+ * chosen a certain token. If a step in flight already has a row behind that token, the row's choice is dropped, since
+ * no mask held for it, and the row is computed again.
+ *
  * Ownership: sequences and their memory are the caller's; the scheduler keeps pointers from add until the sequence has
  * ended. Threads: one at a time. All memory is taken by lla_scheduler_create. */
 #ifndef LLA_SCHEDULER_H
@@ -51,6 +57,10 @@ struct lla_seq {
     const struct lla_bias *bias;    /* [sampling.nbias] */
     struct lla_candidate *logprobs; /* [limit - nprompt, sampling.nlogprob]: of the answer's tokens, by steps */
     struct lla_kvseq kv;            /* with room for max_blocks blocks */
+    const uint32_t *mask;           /* [ceil(vocab / 32)]: of the answer's token nmask - 1; NULL: never masked */
+    int64_t trigger;                /* while it goes free: the token behind which it needs masks; -1: none */
+    bool is_masked;                 /* from the first token on */
+    size_t nmask;                   /* 0: none has come yet */
     /* the scheduler's */
     enum lla_seq_state state;
     enum LlaisysFinish finish; /* once ended */
@@ -114,6 +124,10 @@ void lla_step_destroy(struct lla_step *step);
 void lla_scheduler_add(struct lla_scheduler *s, struct lla_seq *seq);
 /* Ends a waiting or running sequence and takes its blocks back; what it computed stays cached. */
 void lla_scheduler_end(struct lla_scheduler *s, struct lla_seq *seq, enum LlaisysFinish finish);
+/* The mask of the next token has come: it lies in seq->mask. */
+void lla_scheduler_mask(struct lla_seq *seq);
+/* No more masks, from the next token on: until the trigger, if there is one. */
+void lla_scheduler_unmask(struct lla_seq *seq);
 /* Forms the next step, while at most one other is in flight; false: there is nothing to run until that one is done. */
 bool lla_scheduler_next(struct lla_scheduler *s, struct lla_step *step);
 /* Takes the tokens that the step chose [nseq], -1 for those that wanted none. Sequences that ended say so. */

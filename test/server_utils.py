@@ -26,11 +26,11 @@ def command(*arguments):
 class Served:
     """llaisys serve on a free port; log() is what it has written to standard error."""
 
-    def __init__(self, log_file, *options, key=None, port=0, program=None):
+    def __init__(self, log_file, *options, key=None, port=0, program=None, model=MINI):
         self.log_file = Path(log_file)
         environment = ENVIRONMENT | ({"LLAISYS_API_KEY": key} if key else {})
         self.headers = {"authorization": f"Bearer {key}"} if key else {}
-        arguments = command("serve", MINI, "--device", "cpu", "--threads", 1, "--port", port)
+        arguments = command("serve", model, "--device", "cpu", "--threads", 1, "--port", port)
         arguments += [*map(str, options), "--log-format", "json"]
         if program:  # instead of the llaisys command
             arguments[1:3] = ["-c", program]

@@ -295,7 +295,11 @@ def test_request_ids_and_log(server):
     _, headers, _ = server.ask("/v1/models", headers={"x-request-id": 'bad"{id'})
     assert re.fullmatch(r"[0-9a-f]{32}", headers["x-request-id"])
     status, headers, _ = server.ask(CHAT, chat_body("a secret question", max_tokens=3))
-    entry = next(e for e in server.requests() if e["id"] == headers["x-request-id"])
+    deadline = time.monotonic() + 10  # the line is written once the answer has gone
+    while not (found := [e for e in server.requests() if e["id"] == headers["x-request-id"]]):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (entry,) = found
     assert (entry["status"], entry["finish"], entry["completion_tokens"]) == (status, "length", 3)
     assert "secret" not in server.log()
 

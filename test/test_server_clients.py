@@ -68,10 +68,9 @@ def test_openai_errors(openai, client, server):
     options = {"model": "refrain-mini", "messages": QUESTION}
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.chat.completions.create(**options | {"model": "gpt-4"})
-    with pytest.raises(openai.BadRequestError, match="tools: not supported") as raised:
-        tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
-        client.chat.completions.create(**options, tools=[tool])
-    assert raised.value.param == "tools"
+    with pytest.raises(openai.BadRequestError, match="functions: not supported") as raised:
+        client.chat.completions.create(**options, functions=[{"name": "f", "parameters": {}}])
+    assert raised.value.param == "functions"
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
 

@@ -37,6 +37,7 @@ from .libllaisys import (
     LlaisysQwen2Options,
 )
 from .libllaisys.engine import (
+    Constraint,
     EngineBusy,
     EngineClosed,
     Finish,
@@ -84,7 +85,8 @@ class Request:
     repetition_penalty 1 (over prompt and answer), presence_penalty 0 and frequency_penalty 0 (over
     the answer) the penalties. logit_bias: by token, -100 to 100, or -inf, which bans the token.
     logprobs: None, or how many of the most probable tokens are told with each token beside itself.
-    stop: tokens that end the answer beside the model's own, which ignore_eos leaves out. Higher
+    constrained: the answer's tokens wait for masks, see Engine.set_mask; with constrain_after, only
+    those behind that token. stop: tokens that end the answer beside the model's own, which ignore_eos leaves out. Higher
     priorities go first. cache False neither uses nor fills the prefix cache; requests share
     prefixes only within one cache_salt.
     """
@@ -101,6 +103,8 @@ class Request:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int = 0
     logprobs: int | None = None
+    constrained: bool = False
+    constrain_after: int | None = None
     stop: Sequence[int] = ()
     ignore_eos: bool = False
     priority: int = 0
@@ -124,7 +128,7 @@ class Answer:
     """What has come of a request; times are seconds since it was submitted, 0 for not yet.
 
     finish: None while more is to come, then "stop" (the last token ends the text), "length",
-    "cancelled", "error" (with a message) or "closed". logprobs: one for each of tokens, if the
+    "cancelled", "error" or "masked" (with a message) or "closed". logprobs: one for each of tokens, if the
     request asked for them.
     """
 
@@ -295,6 +299,16 @@ class Engine:
         """Ends a request soon; one that has ended already is no error."""
         self._cancel(number)
 
+    def set_mask(self, number: int, index: int, mask: bytes | None) -> None:
+        """Says which tokens may stand at index of a constrained request's answer.
+
+        mask: 32-bit words, in this machine's byte order; bit t % 32 of word t // 32 allows token t.
+        None: the answer goes on without masks, until the request's constrain_after. index is the
+        number of tokens that the answer has; RequestError otherwise. Any thread may call it.
+        """
+        words = 0 if mask is None else len(mask) // 4
+        LIB_LLAISYS.llaisysEngineSetMask(self._handle(), number, index, mask, words)
+
     # ---- what it does now ----
 
     def stats(self) -> dict[str, Any]:
@@ -371,6 +385,11 @@ class Engine:
             )
         if request.logprobs is not None and not 0 <= request.logprobs < 2**31:
             raise ValueError(f"logprobs: expected None or 0 to 20, found {request.logprobs}")
+        constrained, after = Constraint(bool(request.constrained)), request.constrain_after
+        if request.constrained and after is not None:
+            constrained = Constraint.AFTER
+            if not 0 <= after < 2**31:
+                raise RequestError(f"constrain_after: expected a token's id, found {after}")
         prompt, stop = _ids("prompt", request.prompt), _ids("stop", request.stop)
         biased = _ids("logit_bias", list(request.logit_bias))
         values = array("f", request.logit_bias.values())
@@ -394,6 +413,8 @@ class Engine:
                 nlogit_bias=len(bias),
                 logprobs=request.logprobs is not None,
                 top_logprobs=request.logprobs or 0,
+                constrained=constrained,
+                constrain_after=-1 if after is None else after,
                 priority=request.priority,
                 no_cache=not request.cache,
                 cache_salt=request.cache_salt,

@@ -76,6 +76,10 @@ class Tokenizer:
         """Number of tokens, added ones included; the model's vocabulary may be padded beyond it."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    def to_json(self) -> str:
+        """The tokenizer as a tokenizer.json, for other libraries."""
+        return self._backend.to_str()
+
     @property
     def chat_template(self) -> str | None:
         """Source of the default chat template, or None."""

@@ -8,10 +8,10 @@
  * Tokens of a request depend on its prompt and sampling alone: not on what else runs, on when it came, on the cache, on
  * chunking or on preemption. On the CPU this holds to the bit.
  *
- * Memory: all of it is taken by Open. An answer's tokens are written to memory set aside for its request, and an event
- * says how far they have come: a request has at most one event waiting, so that a slow poller loses nothing and holds
- * up nobody; it finds more tokens in one event. An ended request keeps its memory until the call of Poll behind the one
- * that told of its end: if too many wait for that, Submit refuses new ones.
+ * Memory: all of it is taken by Open, masks included. An answer's tokens are written to memory set aside for its
+ * request, and an event says how far they have come: a request has at most one event waiting, so that a slow poller
+ * loses nothing and holds up nobody; it finds more tokens in one event. An ended request keeps its memory until the
+ * call of Poll behind the one that told of its end: if too many wait for that, Submit refuses new ones.
  *
  * Ownership: Open returns an engine that the caller closes. Submit copies what the request points to. What an event
  * points to belongs to the engine and stays as it is until the next call of Poll.
@@ -46,7 +46,15 @@ enum LlaisysFinish {
     LLAISYS_FINISH_LENGTH = 2,    /* max_tokens is reached, or the sequence is full */
     LLAISYS_FINISH_CANCELLED = 3, /* by Cancel */
     LLAISYS_FINISH_ERROR = 4,     /* the device failed; the event has a message */
-    LLAISYS_FINISH_CLOSED = 5     /* by Stop or Close */
+    LLAISYS_FINISH_CLOSED = 5,    /* by Stop or Close */
+    LLAISYS_FINISH_MASKED = 6     /* the mask of its next token allows none; the event has a message */
+};
+
+/* Whether a request's tokens are chosen under masks: see SetMask. */
+enum LlaisysConstraint {
+    LLAISYS_CONSTRAIN_NEVER = 0,
+    LLAISYS_CONSTRAIN_ALWAYS = 1, /* from the first token on */
+    LLAISYS_CONSTRAIN_AFTER = 2   /* once the answer has the request's constrain_after */
 };
 
 enum { LLAISYS_MAX_STOP = 64, LLAISYS_MAX_LOGIT_BIAS = 1024, LLAISYS_MAX_LOGPROBS = 20 };
@@ -72,7 +80,8 @@ struct LlaisysLogitBias {
 };
 
 /* How likely the model found a token: the natural logarithm of its probability under the model's own distribution, that
- * is softmax of the logits before bias, penalties, temperature and filters. -INFINITY where the logit is; NaN where the
+ * is softmax of the logits before bias, penalties, temperature and filters, among the tokens that the mask allows, if
+ * there is one. -INFINITY where the logit is, and where the mask does not allow the token; NaN where the
  * model's numbers have failed (a logit is NaN, or the largest is infinite). */
 struct LlaisysLogprob {
     float logprob;
@@ -81,7 +90,8 @@ struct LlaisysLogprob {
 
 /* A request zeroed but for its prompt is answered greedily up to an end token or a full sequence.
  *
- * A token is chosen from the logits in this order, that of transformers: logit_bias is added; repetition_penalty
+ * A token is chosen from the logits in this order, that of transformers: tokens that a mask does not allow are out;
+ * logit_bias is added; repetition_penalty
  * divides positive and multiplies other logits of the tokens in prompt and answer; frequency_penalty times how often a
  * token stands in the answer, and presence_penalty if it does, are subtracted. Then the largest is taken, or, with a
  * temperature: logits / temperature, the top_k largest, the fewest of these that reach top_p of the probability, and of
@@ -102,6 +112,8 @@ struct LlaisysRequest {
     size_t nlogit_bias;                        /* at most LLAISYS_MAX_LOGIT_BIAS */
     int logprobs;                              /* 1: events tell log-probabilities */
     int top_logprobs; /* with logprobs, also those of this many most probable tokens; up to the engine's max_logprobs */
+    enum LlaisysConstraint constrained;
+    int64_t constrain_after; /* a token; read where `constrained` is not NEVER, and -1 for none */
     /* for the caller and the scheduler */
     uint64_t tag;        /* comes back in every event */
     int priority;        /* higher leaves the queue first, always, and gives way last; equal ones by arrival */
@@ -118,7 +130,7 @@ struct LlaisysEvent {
     const struct LlaisysLogprob *logprobs;
     size_t nlogprob; /* 1 + top_logprobs, or 0 */
     enum LlaisysFinish finish;
-    const char *message; /* of finish ERROR, else NULL */
+    const char *message; /* of finish ERROR and MASKED, else NULL */
     /* usage so far */
     size_t prompt_tokens, completion_tokens;
     size_t cached_tokens; /* prompt tokens whose KV was found in the cache */
@@ -134,7 +146,7 @@ struct LlaisysEngineStats {
     size_t kv_block, kv_blocks, kv_free, kv_cached, kv_active; /* free + cached + active = blocks */
     /* since Open */
     uint64_t submitted, refused; /* refused: queue full */
-    uint64_t finished[6];        /* by enum LlaisysFinish */
+    uint64_t finished[7];        /* by enum LlaisysFinish */
     uint64_t prompt_tokens;      /* computed or found, of admitted requests that use the cache */
     uint64_t cached_tokens;      /* of these, found */
     uint64_t generated_tokens, preemptions, evictions;
@@ -159,6 +171,23 @@ LLAISYS_API void llaisysEngineClose(struct LlaisysEngine *engine);
 LLAISYS_API int llaisysEngineSubmit(struct LlaisysEngine *engine, const struct LlaisysRequest *request, uint64_t *id);
 /* Ends a request soon, with CANCELLED if it has not ended otherwise by then. One that has ended already is no error. */
 LLAISYS_API int llaisysEngineCancel(struct LlaisysEngine *engine, uint64_t id);
+
+/* Says which tokens may stand at `index` of a constrained request's answer, 0 being its first token: bit t % 32 of
+ * words[t / 32] allows token t; nword is the vocabulary / 32, rounded up. The words are copied.
+ *
+ * A constrained request gets its next token only once the mask for it is there. Until then its prompt is computed, it
+ * keeps its place among the running ones, and nobody else waits for it. One mask is in place at a time: index is the
+ * number of the answer's tokens so far, all of which an event has told or is about to tell. The mask belongs to that
+ * index, whatever becomes of the request meanwhile; preemption does not lose it. A mask that allows no token ends the
+ * request with MASKED.
+ *
+ * words NULL: no masks from this token on, and none is needed until the answer has the request's constrain_after. With
+ * CONSTRAIN_AFTER a request begins like that. The mask for the token behind constrain_after is needed again.
+ *
+ * A request that has ended is no error, as with Cancel. INVALID: the request is not constrained, or the token at index
+ * is known already, or is not next, or has a mask, or needs none; or nword is wrong. The request goes on unchanged. */
+LLAISYS_API int llaisysEngineSetMask(struct LlaisysEngine *engine, uint64_t id, size_t index, const uint32_t *words,
+                                     size_t nword);
 
 /* Waits up to timeout_ms (0: not at all, below 0: without limit) for events and writes at most `capacity` of them, one
  * a request, the longest waiting first. *count 0: the time is up. CLOSED: the engine is stopped and all has been told.

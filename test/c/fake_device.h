@@ -40,6 +40,15 @@ static inline int64_t fake_next(const struct fake_device *d, uint64_t digest, co
     return (int64_t)(drawn % d->vocab);
 }
 
+/* The token itself, or the next one that the mask allows. */
+static inline int64_t fake_allowed(const struct fake_device *d, const uint32_t *mask, int64_t token) {
+    if (!mask) return token;
+    for (size_t i = 0; i < d->vocab; i++, token = (token + 1) % (int64_t)d->vocab)
+        if (mask[token / 32] >> token % 32 & 1) return token;
+    HARNESS_FAIL("a mask allows nothing");
+    return 0;
+}
+
 /* As lla_runner_step; reads through the block table alone. */
 static inline lla_status fake_run(void *arg, const struct lla_step_seq *seqs, size_t nseq, int64_t *next) {
     struct fake_device *d = arg;
@@ -60,7 +69,7 @@ static inline lla_status fake_run(void *arg, const struct lla_step_seq *seqs, si
             d->written[b] = d->steps;
         }
         d->rows += s->ntoken;
-        next[i] = s->want_next ? fake_next(d, h, &s->sampling) : -1;
+        next[i] = s->want_next ? fake_allowed(d, s->mask, fake_next(d, h, &s->sampling)) : -1;
         for (int32_t k = 0; s->want_next && k < s->sampling.nlogprob; k++)
             s->logprobs[k] = (struct lla_candidate){-(float)k, (int32_t)next[i] + k};
     }

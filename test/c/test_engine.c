@@ -77,7 +77,7 @@ static struct LlaisysEngineStats stats(void) {
 static void check_idle(void) {
     const struct LlaisysEngineStats s = stats();
     uint64_t ended = 0;
-    for (size_t i = 1; i < 6; i++) ended += s.finished[i];
+    for (size_t i = 1; i < 7; i++) ended += s.finished[i];
     CHECK_INT(s.kv_active, 0);
     CHECK_INT(s.running, 0);
     CHECK_INT(s.waiting, 0);
@@ -262,6 +262,12 @@ TEST(bad_requests) {
         {{.prompt = prompt, .nprompt = 3, .logprobs = 1, .top_logprobs = 4}, "top_logprobs is 4, expected 0 to 3"},
         {{.prompt = prompt, .nprompt = 3, .logprobs = 1, .top_logprobs = -1}, "top_logprobs is -1"},
         {{.prompt = prompt, .nprompt = 3, .top_logprobs = 2}, "top_logprobs is 2, but logprobs is 0"},
+        {{.prompt = prompt, .nprompt = 3, .constrained = (enum LlaisysConstraint)3},
+         "constrained is 3, expected 0 to 2"},
+        {{.prompt = prompt, .nprompt = 3, .constrained = LLAISYS_CONSTRAIN_AFTER, .constrain_after = -1},
+         "constrain_after token 0 of 1 is -1, expected an id from 0 to 499"},
+        {{.prompt = prompt, .nprompt = 3, .constrained = LLAISYS_CONSTRAIN_ALWAYS, .constrain_after = 500},
+         "constrain_after token 0 of 1 is 500"},
     };
     uint64_t id = 0;
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {

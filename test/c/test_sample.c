@@ -404,6 +404,76 @@ TEST(logprobs_are_the_models) {
     }
 }
 
+/* ---- masks ---- */
+
+/* A masked row is drawn as one whose other logits are -infinity, log-probabilities included. */
+TEST(a_mask_leaves_nothing_of_other_tokens) {
+    static uint32_t mask[MOST / 32 + 1];
+    struct rng rng = {7};
+    for (size_t i = 0; i < (SLOW ? 60 : 600) && TEST_FAILURES < 5; i++) {
+        const size_t n = (size_t[]){1, 31, 32, 33, 700, 6000}[rng_below(&rng, 6)], kind = rng_below(&rng, 4);
+        struct lla_sampling_row how = random_how(&rng, n);
+        struct lla_candidate got[2][8];
+        how.nlogprob = (int32_t)rng_below(&rng, 8);
+        how.nbias = 0;
+        fill(&rng, n, kind);
+        struct lla_draw d = row_of(rng_below(&rng, 2) ? LLAISYS_DTYPE_BF16 : LLAISYS_DTYPE_F32, n, &how);
+        for (size_t j = 0; j < KNOWN; j++) known[j] = (int64_t)rng_below(&rng, n);
+        d.nknown = KNOWN;
+        const uint64_t density = rng_range(&rng, 1, 20);
+        for (size_t j = 0; j < n / 32 + 1; j++) mask[j] = rng_below(&rng, 3) ? 0 : UINT32_MAX;
+        for (size_t j = 0; j < n; j++)
+            if (rng_below(&rng, density) == 0) mask[j / 32] ^= 1u << j % 32;
+        const size_t sure = rng_below(&rng, n);
+        if (logits[sure] > -INFINITY) mask[sure / 32] |= 1u << sure % 32;
+        size_t possible = 0;
+        for (size_t j = 0; j < n; j++) possible += logits[j] > -INFINITY && mask[j / 32] >> j % 32 & 1;
+        if (!possible) continue;
+        d.mask = mask;
+        d.logprobs = got[0];
+        const int32_t masked = draw(d);
+        CHECK(mask[masked / 32] >> masked % 32 & 1);
+        for (size_t j = 0; j < n; j++)
+            if (!(mask[j / 32] >> j % 32 & 1)) lla_store_float(stored, j, -INFINITY, d.dtype);
+        d.mask = NULL;
+        d.logprobs = got[1];
+        CHECK_INT(draw(d), masked);
+        CHECK(!memcmp(got[0], got[1], (size_t)how.nlogprob * sizeof **got));
+    }
+}
+
+/* Whatever the other tokens are, and whatever is left of the allowed ones: the choice is one of these. */
+TEST(only_the_allowed_are_chosen) {
+    const float nan = 0.0f / 0.0f;
+    const uint32_t mask[2] = {0, 1u << 3 | 1u << 5}; /* 35 and 37 */
+    struct lla_sampling_row how = {.temperature = 1, .top_p = 0.9f, .nbias = 0};
+    for (size_t i = 0; i < 40; i++) logits[i] = (float[]){nan, INFINITY, 1e30f}[i % 3];
+    logits[35] = 1, logits[37] = 2;
+    for (int greedy = 0; greedy < 2; greedy++) {
+        how.temperature = greedy ? 0 : 1;
+        struct lla_draw d = row_of(LLAISYS_DTYPE_F32, 40, &how);
+        d.mask = mask;
+        for (how.seed = 0; how.seed < 50; how.seed++) {
+            const int32_t token = draw(d);
+            CHECK(token == 37 || (token == 35 && !greedy));
+        }
+        logits[35] = logits[37] = -INFINITY; /* not even these */
+        d = row_of(LLAISYS_DTYPE_F32, 40, &how);
+        d.mask = mask;
+        CHECK_INT(draw(d), 35);
+        logits[37] = nan;
+        d = row_of(LLAISYS_DTYPE_F32, 40, &how);
+        d.mask = mask;
+        CHECK_INT(draw(d), 37);
+        logits[35] = 1, logits[37] = 2;
+        how.nbias = 2, bias[0] = (struct lla_bias){35, -INFINITY}, bias[1] = (struct lla_bias){37, -INFINITY};
+        d = row_of(LLAISYS_DTYPE_F32, 40, &how);
+        d.mask = mask;
+        CHECK_INT(draw(d), 35);
+        how.nbias = 0;
+    }
+}
+
 /* ---- frequencies ---- */
 
 /* Chi-square over the support: a correct draw exceeds the limit for one choice of seeds in a million. */

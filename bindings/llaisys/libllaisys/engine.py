@@ -44,6 +44,15 @@ class Finish(IntEnum):
     CANCELLED = 3
     ERROR = 4
     CLOSED = 5
+    MASKED = 6
+
+
+class Constraint(IntEnum):
+    """Whether a request's tokens wait for masks."""
+
+    NEVER = 0
+    ALWAYS = 1
+    AFTER = 2
 
 
 class RequestError(LlaisysError, ValueError):
@@ -103,6 +112,8 @@ class LlaisysRequest(Structure):
         ("nlogit_bias", c_size_t),
         ("logprobs", c_int),
         ("top_logprobs", c_int),
+        ("constrained", c_int),
+        ("constrain_after", c_int64),
         ("tag", c_uint64),
         ("priority", c_int),
         ("no_cache", c_int),
@@ -185,6 +196,7 @@ def load_engine(lib: CDLL) -> None:
     for name, *argtypes in (
         ("Submit", POINTER(LlaisysRequest), POINTER(c_uint64)),
         ("Cancel", c_uint64),
+        ("SetMask", c_uint64, c_size_t, c_char_p, c_size_t),  # 32-bit words, as bytes
         ("Poll", POINTER(LlaisysEvent), c_size_t, c_int, POINTER(c_size_t)),
         ("Drain", c_int),
         ("Stop",),

@@ -18,6 +18,7 @@ from .errors import ApiError
 from .hub import Choice, Generation, Hub
 from .prepare import Model, Prepared
 from .text import Detokenizer, Reasoning, StopStrings
+from .tools import CallParser, Delta, merge
 
 __all__ = ["Answer"]
 
@@ -40,9 +41,27 @@ class ChoiceText:
         self._detokenizer = Detokenizer(model.table)
         self._reasoning = None if prepared.reasoning is None else Reasoning(prepared.reasoning)
         self._stops = StopStrings(prepared.stops) if prepared.stops else None
+        self._calls = CallParser() if prepared.calls else None
+        self._calls_end = prepared.calls
+        self.calls: list[Delta] = []  # pieces of tool calls that the last read gave
 
     def read(self) -> tuple[str, str]:
         """The new thoughts and the new text; sets finish_reason with the last of them."""
+        thoughts, text = self._read()
+        if self._calls is not None:
+            text, self.calls = self._calls.push(text) if text else ("", [])
+            if self.finish_reason is not None:
+                more, deltas = self._calls.finish()
+                text, self.calls = text + more, self.calls + deltas
+                if self.finish_reason == "stop" and self._calls.count and self._is_whole():
+                    self.finish_reason = self._calls_end
+        return thoughts, text
+
+    def _is_whole(self) -> bool:
+        """Whether no stop string has cut the answer."""
+        return self._stops is None or self._stops.matched is None
+
+    def _read(self) -> tuple[str, str]:
         choice = self.choice
         tokens, choice.tokens = choice.tokens, []
         finish = choice.finish
@@ -169,6 +188,12 @@ class Answer(Response):
             return None
         if ended == "timeout":
             return ApiError(504, "the answer took longer than this server allows", code="timeout")
+        if choice.finish in ("cancelled", "masked") and choice.constraint is not None:
+            why = choice.constraint.error or choice.message
+            if why is not None:
+                param = choice.constraint.param
+                message = f"{param}: the answer cannot go on: {why}"
+                return ApiError(400, message, param=param, code="invalid_schema")
         if choice.finish == "error":
             return ApiError(500, f"the engine failed: {choice.message}", code="engine_error")
         if choice.finish == "closed":
@@ -249,6 +274,7 @@ class Answer(Response):
 
     async def _whole(self, send: Send) -> None:
         parts: list[list[tuple[str, str]]] = [[] for _ in self.texts]
+        deltas: list[list[Delta]] = [[] for _ in self.texts]
         logprobs: list[dict[str, Any] | None] = [None for _ in self.texts]
         error = None
         while error is None and any(text.finish_reason is None for text in self.texts):
@@ -258,6 +284,7 @@ class Answer(Response):
             for index, (text, part) in enumerate(zip(self.texts, parts, strict=True)):
                 if text.finish_reason is None:
                     part.append(self._read(text))
+                    deltas[index] += text.calls
                     logprobs[index] = _join(logprobs[index], self._logprobs(text))
                     error = error or self._failure(text)
         if error is not None:
@@ -270,6 +297,12 @@ class Answer(Response):
             choice: dict[str, Any] = {"index": index}
             if self.is_chat:
                 choice["message"] = {"role": "assistant", "content": answer}
+                if deltas[index]:
+                    choice["message"] = {
+                        "role": "assistant",
+                        "content": answer or None,
+                        "tool_calls": merge(deltas[index]),
+                    }
                 if self.prepared.reasoning is not None:
                     choice["message"]["reasoning_content"] = thoughts or None
             else:
@@ -312,7 +345,8 @@ class Answer(Response):
                 if text.finish_reason is not None:
                     continue
                 thoughts, answer = self._read(text)
-                if thoughts or answer or text.logprobs or text.finish_reason is not None:
+                is_end = text.finish_reason is not None
+                if thoughts or answer or text.calls or text.logprobs or is_end:
                     pieces.append(head + self._delta(index, text, thoughts, answer) + tail)
                 left -= text.finish_reason is not None
                 error = error or self._failure(text)
@@ -345,6 +379,10 @@ class Answer(Response):
     def _delta(self, index: int, text: ChoiceText, thoughts: str, answer: str) -> str:
         if not self.is_chat:
             delta = f'"text":{quote(answer)}'
+        elif text.calls:
+            parts = {"reasoning_content": thoughts, "content": answer}
+            found = {name: value for name, value in parts.items() if value}
+            delta = f'"delta":{json.dumps(found | {"tool_calls": text.calls})}'
         elif not thoughts:
             delta = f'"delta":{{"content":{quote(answer)}}}' if answer else '"delta":{}'
         else:

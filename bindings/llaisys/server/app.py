@@ -83,7 +83,7 @@ class Server:
     def start(self, prepared: Prepared, *, is_chat: bool) -> Answer:
         model = self.ready()  # again: preparing may have taken a while
         try:
-            generation = self.hub.submit(prepared.requests)
+            generation = self.hub.submit(prepared.requests, prepared.constrain)
         except EngineBusy as error:
             raise ApiError(429, str(error), code="queue_full", retry_after=1) from error
         except EngineClosed as error:

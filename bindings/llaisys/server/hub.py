@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from ..engine import Engine, EngineBusy, EngineClosed, Request
 from ..libllaisys.engine import Finish, LlaisysEvent
+from .grammar import Constraint
 from .metrics import Metrics
 
 __all__ = ["KEEP_ALIVE", "Choice", "Generation", "Hub"]
@@ -24,6 +25,7 @@ FEW = 4  # requests with news in a round after which there is no pause
 PAUSE_PER_REQUEST = 0.0003  # seconds; passing news of one on takes about a tenth of it
 FINISH = {finish: finish.name.lower() for finish in Finish}
 PAUSE = 0.025  # seconds at most: 40 updates a second look smooth
+PAUSE_CONSTRAINED = 0.004  # where some answer's next token waits for news of its last to be read
 
 
 class Choice:
@@ -32,6 +34,7 @@ class Choice:
     __slots__ = (
         "cached",
         "completion",
+        "constraint",
         "finish",
         "finished_s",
         "first_s",
@@ -48,6 +51,7 @@ class Choice:
 
     def __init__(self, generation: Generation, index: int) -> None:
         self.generation, self.index = generation, index
+        self.constraint: Constraint | None = None
         self.number = 0  # the engine's
         self.tokens: list[int] = []  # unread
         self.logprobs: list[list[tuple[int, float]]] = []  # unread: the token's, then the top ones
@@ -60,7 +64,10 @@ class Choice:
     def take(self, event: LlaisysEvent) -> None:
         count = event.ntoken
         if count:
-            self.tokens += event.tokens[:count]
+            tokens = event.tokens[:count]
+            self.tokens += tokens
+            if self.constraint is not None:  # first of all: the next token waits for it
+                self.constraint.news(tokens, is_last=bool(event.finish))
             width = getattr(event, "nlogprob", 0)  # per token; 0 where nobody asked
             for i in range(0, count * width, width or 1):
                 entry = event.logprobs[i : i + width]
@@ -121,6 +128,10 @@ class Generation:
                 self.hub.engine.cancel(choice.number)
 
 
+def _constrained(generation: Generation) -> int:
+    return sum([choice.constraint is not None for choice in generation.choices])
+
+
 class Hub:
     """Opens nothing by itself: given an engine, it runs requests from within one event loop."""
 
@@ -130,6 +141,7 @@ class Hub:
         self.engine: Engine | None = None
         self.state = "loading"  # "ready", "draining", "failed", "stopped"
         self.generations: set[Generation] = set()
+        self.constrained = 0  # answers under way that follow a grammar
         self._timeouts = (request_timeout, stall_timeout)
         self._reading = False
         self._janitor: asyncio.Task[None] | None = None
@@ -142,18 +154,25 @@ class Hub:
 
     # ---- requests ----
 
-    def submit(self, requests: Sequence[Request]) -> Generation:
+    def submit(
+        self, requests: Sequence[Request], constrain: Callable[[], Constraint] | None = None
+    ) -> Generation:
         """Starts requests, all or none. Raises EngineBusy, EngineClosed or RequestError."""
         generation = Generation(self)
         try:
             for index, request in enumerate(requests):
                 choice = Choice(generation, index)
+                if constrain is not None:
+                    choice.constraint = constrain()
                 choice.number = self._submit(request, choice)
+                if choice.constraint is not None:
+                    choice.constraint.begin(self.engine, choice.number)
                 generation.choices.append(choice)
         except BaseException:
             generation.cancel()
             raise
         self.generations.add(generation)
+        self.constrained += _constrained(generation)
         return generation
 
     def _submit(self, request: Request, choice: Choice) -> int:
@@ -167,7 +186,9 @@ class Hub:
     def finish(self, generation: Generation) -> None:
         """Must come once for each generation: whatever still runs ends, and nobody waits for it."""
         generation.cancel()
-        self.generations.discard(generation)
+        if generation in self.generations:
+            self.generations.discard(generation)
+            self.constrained -= _constrained(generation)
 
     # ---- rounds of news ----
 
@@ -185,7 +206,8 @@ class Hub:
         count = self._read_all()
         if count > FEW and self._reading:
             self._unlisten()
-            self.loop.call_later(min(count * PAUSE_PER_REQUEST, PAUSE), self._resume)
+            pause = PAUSE if not self.constrained else PAUSE_CONSTRAINED
+            self.loop.call_later(min(count * PAUSE_PER_REQUEST, pause), self._resume)
 
     def _read_all(self) -> int:
         """How many requests had news."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -21,15 +22,20 @@ from ..engine import Request
 from ..tokenizer import Tokenizer, TokenizerError
 from .config import Config
 from .errors import ApiError
+from .grammar import Constraint, Grammars
+from .plans import make_plan, tools_of
 from .schema import (
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
     Message,
+    NamedTool,
     TextPart,
     TokenizeRequest,
+    Tool,
 )
 from .text import THINK, THINK_END, TokenTable
+from .tools import describe, is_native
 
 __all__ = ["Model", "Prepared"]
 
@@ -46,9 +52,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "top_logprobs": (0,),
     "logprobs": (False,),  # 0 asks for those of the tokens chosen
-    "tools": ([],),
     "functions": ([],),
-    "tool_choice": ("none", "auto"),
     "suffix": ("",),
     "audio": (),
     "modalities": (["text"],),
@@ -70,6 +74,8 @@ class Prepared:
     echo: list[str] = field(default_factory=list)  # texts put before the answers, by prompt
     n: int = 1  # answers to each prompt
     logprobs: bool = False
+    constrain: Callable[[], Constraint] | None = None  # the way of one answer through its grammar
+    calls: str | None = None  # how calls end an answer: "tool_calls" or, where demanded, "stop"
     ignored: list[str] = field(default_factory=list)  # parameters that are not known
 
 
@@ -86,6 +92,25 @@ class Model:
         template = self.tokenizer.chat_template or ""
         self.thinks = THINK_END in template or self.tokenizer.token_id(THINK_END) is not None
         self.max_seq = self.vocab = 0  # known once the engine is open
+        self._grammars: Grammars | None = None
+        self._without_grammars = "they are not ready"
+
+    def prepare_grammars(self) -> None:
+        """What schemas and tools need; without it, requests that ask for them are refused."""
+        try:
+            vocab, ends = _vocabulary(self.path)
+            if importlib.util.find_spec("llguidance") is None:
+                raise TokenizerError("there is no Python package llguidance")
+            if not ends:
+                raise TokenizerError("the model has no end token")
+            self._grammars = Grammars(self.tokenizer, vocab, ends)
+        except TokenizerError as error:
+            self._without_grammars = _without_path(error, self.path)
+
+    def close(self) -> None:
+        """Before the engine is closed: no more masks from now on."""
+        if self._grammars is not None:
+            self._grammars.close()
 
     def name_of(self, token: int) -> str:
         """How OpenAI writes a token: its text, or its bytes where they are no whole characters."""
@@ -99,13 +124,19 @@ class Model:
 
     async def chat(self, request: ChatRequest) -> Prepared:
         self._check(request)
+        tools = tools_of(request)
         size = sum(map(_size, request.messages))
+        size += INLINE * (len(tools) > 8)
         if request.chat_template is not None:
             size += INLINE  # it may take all the time that it is given
-        text, ids = await self._run(size, self._chat_ids, request)
+        text, ids = await self._run(size, self._chat_ids, request, tools)
         prepared = self._prepared(request, [ids], _either(request))
         if self.thinks:
             prepared.reasoning = text.rstrip().endswith(THINK)
+        if tools:
+            # as OpenAI has it: what was demanded by name is no news
+            prepared.calls = "stop" if isinstance(request.tool_choice, NamedTool) else "tool_calls"
+        await self._constrain(request, prepared)
         return prepared
 
     async def completion(self, request: CompletionRequest) -> Prepared:
@@ -124,6 +155,7 @@ class Model:
         if request.echo:
             decode = self.tokenizer.decode
             prepared.echo = [p if _is_text(p) else decode(_small(p, self.vocab)) for p in prompts]
+        await self._constrain(request, prepared)
         return prepared
 
     async def tokenize(self, request: TokenizeRequest) -> list[int]:
@@ -137,7 +169,10 @@ class Model:
 
         def encode() -> list[int]:
             open_answer = request.add_generation_prompt is not False
-            chat = tokenizer.apply_chat_template(_plain(request.messages), open_answer)
+            messages = _plain(request.messages)
+            if not is_native(tokenizer.chat_template or ""):
+                messages = describe(messages, [])
+            chat = tokenizer.apply_chat_template(messages, open_answer)
             return tokenizer.encode(chat, add_special_tokens=False)
 
         return await self._run(sum(map(_size, request.messages)), encode)
@@ -149,16 +184,42 @@ class Model:
                 raise ApiError(400, message[:200], param="tokens")
         return await self._run(len(tokens), self.tokenizer.decode, tokens)
 
-    def _chat_ids(self, request: ChatRequest) -> tuple[str, list[int]]:
+    def _chat_ids(self, request: ChatRequest, tools: Sequence[Tool]) -> tuple[str, list[int]]:
         tokenizer = self.tokenizer
         if request.chat_template is not None:
             tokenizer = _with_template(tokenizer, request.chat_template)
+        messages = _plain(request.messages)
+        told: list[Any] | None = [tool.model_dump(exclude_none=True) for tool in tools] or None
+        if not is_native(request.chat_template or tokenizer.chat_template or ""):
+            messages, told = describe(messages, told or []), None
         text = tokenizer.apply_chat_template(
-            _plain(request.messages),
+            messages,
             request.add_generation_prompt is not False,
+            tools=told,
             **(request.chat_template_kwargs or {}),
         )
         return text, tokenizer.encode(text, add_special_tokens=False)
+
+    async def _constrain(self, request: GenerationRequest, prepared: Prepared) -> None:
+        plan = make_plan(request, self.tokenizer, thinks=prepared.reasoning is True)
+        if plan is None:
+            return
+        if request.ignore_eos:
+            raise ApiError(
+                400, f"ignore_eos: an answer with {plan.param} has an end", param="ignore_eos"
+            )
+        grammars = self._grammars
+        if grammars is None:
+            raise ApiError(
+                400,
+                f"{plan.param}: this server cannot follow it: {self._without_grammars}",
+                param=plan.param,
+                code="unsupported_parameter",
+            )
+        grammar = await grammars.compile(plan)
+        prepared.constrain = lambda: Constraint(grammars, grammar, plan)
+        for item in prepared.requests:
+            item.constrained, item.constrain_after = True, plan.after
 
     async def _run(self, size: int, work: Callable[..., Any], *args: Any) -> Any:
         """Long texts go to a thread, so that nobody else's tokens wait for them."""
@@ -195,8 +256,6 @@ class Model:
                 raise _unsupported(name)
         if getattr(request, "top_logprobs", None) and not request.logprobs:
             raise ApiError(400, "top_logprobs: needs logprobs", param="top_logprobs")
-        if request.response_format is not None and request.response_format.type != "text":
-            raise _unsupported("response_format")
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.name:
@@ -365,8 +424,25 @@ def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
             entry["content"] = _join(message.content, f"messages[{i}].content")
         if message.role == "developer":
             entry["role"] = "system"
+        if message.content is None:
+            entry["content"] = ""  # templates rarely know messages that are calls alone
+        for call in entry.get("tool_calls", ()):
+            _parse_arguments(call["function"], f"messages[{i}].tool_calls")
         plain.append(entry)
     return plain
+
+
+def _parse_arguments(function: dict[str, Any], name: str) -> None:
+    """Clients send arguments as a string of JSON; templates write them as JSON themselves."""
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        return
+    try:
+        function["arguments"] = json.loads(arguments or "{}")
+    except (ValueError, RecursionError) as error:
+        raise ApiError(
+            400, f"{name}: arguments: expected JSON in a string: {str(error)[:100]}", param=name
+        ) from error
 
 
 def _join(parts: Sequence[Any], name: str) -> str:
@@ -394,6 +470,25 @@ def _with_template(tokenizer: Tokenizer, source: str) -> Tokenizer:
 def _without_path(error: TokenizerError, path: Path) -> str:
     """What clients need not know is where the model lies."""
     return str(error).removeprefix(f"{path}: ")
+
+
+def _vocabulary(folder: Path) -> tuple[int, list[int]]:
+    """The model's vocabulary, and the tokens that end its answers, as the engine reads them."""
+    vocab, ends = 0, []
+    for name in ("config.json", "generation_config.json"):
+        try:
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            raise TokenizerError(f"{name}: expected JSON: {error}") from error
+        if isinstance(config, dict):
+            vocab = vocab or config.get("vocab_size", 0)
+            ids = config.get("eos_token_id")
+            ends += ids if isinstance(ids, list) else [ids]
+    if not isinstance(vocab, int) or not 0 < vocab < 2**31:
+        raise TokenizerError("config.json: expected a vocab_size")
+    return vocab, list(dict.fromkeys(i for i in ends if isinstance(i, int) and 0 <= i < vocab))
 
 
 def _generation_defaults(file: Path) -> dict[str, float]:

@@ -132,6 +132,8 @@ class _Runner:
         finally:
             http.should_exit = True
             await serving
+            if self.server.model is not None:
+                await asyncio.to_thread(self.server.model.close)
             if engine is not None:
                 engine.close()
 
@@ -148,11 +150,14 @@ class _Runner:
             model = await asyncio.to_thread(Model, config)
             self.clock.lap("tokenizer")
             # a model that opens cannot be interrupted: its thread is waited for either way
+            grammars = asyncio.ensure_future(asyncio.to_thread(model.prepare_grammars))
             engine = await asyncio.to_thread(lambda: Engine(config.model, **config.engine))
         except (LlaisysError, ValueError, OSError) as error:
             self.error = error
             return None
         self.clock.lap("model")
+        await grammars  # which has run beside it
+        self.clock.lap("schemas")
         meta = engine.meta
         model.max_seq, model.vocab = meta.maxseq, meta.voc
         if self._told.is_set():

@@ -15,12 +15,14 @@ __all__ = [
     "DetokenizeRequest",
     "GenerationRequest",
     "Message",
+    "NamedTool",
     "TokenizeRequest",
+    "Tool",
     "parse",
 ]
 
 MAX_STOPS, MAX_STOP_LENGTH, MAX_STOP_IDS = 16, 256, 64
-MAX_MESSAGES = 10_000
+MAX_MESSAGES, MAX_TOOLS = 10_000, 128
 INT32 = 2**31 - 1
 
 
@@ -40,12 +42,23 @@ class OtherPart(_Model):
     type: str
 
 
+class CalledFunction(_Model):
+    name: str
+    arguments: str | dict[str, Any] | None = None  # OpenAI's clients send JSON in a string
+
+
+class ToolCall(_Model):
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunction
+
+
 class Message(_Model):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[TextPart | OtherPart] | None = None
     name: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: str | None = None
 
 
@@ -53,9 +66,37 @@ class StreamOptions(_Model):
     include_usage: bool | None = None
 
 
+class JsonSchema(_Model):
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
 class ResponseFormat(_Model):
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: dict[str, Any] | None = None
+    json_schema: JsonSchema | None = None
+
+
+class Function(_Model):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Model):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(_Model):
+    name: str
+
+
+class NamedTool(_Model):
+    type: Literal["function"]
+    function: NamedFunction
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
@@ -98,8 +139,9 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
     functions: list[dict[str, Any]] | None = None
     modalities: list[str] | None = None
     audio: dict[str, Any] | None = None
@@ -111,7 +153,6 @@ class ChatRequest(GenerationRequest):
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
-    parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
 
 
@@ -176,7 +217,7 @@ def _name(loc: tuple[int | str, ...]) -> str:
     return name[:200]
 
 
-KINDS = {"str", "int", "float", "bool", "TextPart", "OtherPart"}
+KINDS = {"str", "int", "float", "bool", "dict", "TextPart", "OtherPart", "NamedTool"}
 
 
 def _show(value: Any) -> str:

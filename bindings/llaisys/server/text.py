@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from ..tokenizer import TextStream, Tokenizer
 
-__all__ = ["Detokenizer", "Reasoning", "StopStrings", "TokenTable"]
+__all__ = ["Detokenizer", "Reasoning", "StopStrings", "TokenTable", "held"]
 
 THINK, THINK_END = "<think>", "</think>"
 
@@ -65,7 +65,7 @@ class Detokenizer:
         return "" if self._stream is None else self._stream.flush().rstrip("\ufffd")
 
 
-def _held(text: str, words: Iterable[str]) -> int:
+def held(text: str, words: Iterable[str]) -> int:
     """Length of the longest end of text with which one of the words may begin."""
     longest = 0
     for word in words:
@@ -100,7 +100,7 @@ class StopStrings:
             _, begin, self.matched = min(ends)
             self._kept = ""
             return text[:begin]
-        size = _held(text[-self._longest :], self._stops)
+        size = held(text[-self._longest :], self._stops)
         self._kept = text[len(text) - size :]
         return text[: len(text) - size]
 
@@ -146,7 +146,7 @@ class Reasoning:
             thoughts, tag, rest = text.partition(THINK_END)
             if not tag:
                 # white space before the tag is dropped with it
-                size = _held(thoughts, (THINK_END,))
+                size = held(thoughts, (THINK_END,))
                 bare = thoughts[: len(thoughts) - size].rstrip()
                 self._kept = thoughts[len(bare) :]
                 return bare, ""
