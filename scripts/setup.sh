@@ -77,6 +77,11 @@ if ! .venv/bin/pip install -q --disable-pip-version-check --retries 2 -r "$requi
         [ -x ".venv/bin/$tool" ] || ln -s "$(command -v $tool)" ".venv/bin/$tool"
     done
 fi
+# A client that asks for older versions of what the other tests use lives apart.
+if [ "$level" = dev ] && [ ! -x .venv/litellm/bin/litellm ]; then
+    { python3 -m venv .venv/litellm && .venv/litellm/bin/pip install -q --disable-pip-version-check --retries 2 litellm; } ||
+        say 'no litellm: that client will not be tested'
+fi
 touch "$stamp"
 [ "$level" = dev ] && touch .venv/.stamp-run
 exit 0
