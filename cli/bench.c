@@ -228,7 +228,8 @@ static lla_status measure_device(struct lla_runner *r, const struct options *o, 
         FILE *out = fopen(o->trace, "w");
         LLA_REQUIRE(out, LLA_EIO, "%s: cannot be written", o->trace);
         const lla_status status = lla_exec_cuda_trace(r->cuda, &r->programs[bucket], out);
-        fclose(out);
+        const bool is_written = !ferror(out);
+        LLA_REQUIRE(!fclose(out) && is_written, LLA_EIO, "%s: cannot be written", o->trace);
         LLA_TRY(status);
     }
     LLA_TRY(lla_exec_cuda_time(r->cuda, &r->programs[bucket], 0, 200, ms));
@@ -304,6 +305,7 @@ static lla_status measure(struct lla_runner *r, const struct options *o, struct 
     report->decode = summarize(decodes, o->tokens);
     const double context = (double)o->context, batch = (double)o->batch, middle = context + 0.5 * (double)o->tokens;
     report->prefill_flops = token_flops(&r->graph, batch, context, 1, context / 2); /* half of the square */
+    /* the weights, once a step */
     report->prefill_bytes = batch * ceil(context / (double)d->max_rows) * step_bytes(&r->graph, 0, 0);
     report->decode_flops = token_flops(&r->graph, batch, 1, 1, middle);
     report->decode_bytes = step_bytes(&r->graph, batch, middle);
@@ -450,6 +452,10 @@ static lla_status parse(int argc, char **argv, struct options *o) {
     LLA_REQUIRE(!o->model || !o->shape, LLA_EINVAL, "--model and --shape exclude each other");
     o->is_cuda = !strcmp(o->device, "nvidia");
     LLA_REQUIRE(o->is_cuda || !strcmp(o->device, "cpu"), LLA_EINVAL, "--device %s: expected cpu or nvidia", o->device);
+#ifndef LLA_STEP_TRACE
+    LLA_REQUIRE(!o->trace, LLA_EINVAL, "--trace: this build's kernels note no times: meson setup -Dstep_trace=true");
+#endif
+    LLA_REQUIRE(!o->trace || o->is_cuda, LLA_EINVAL, "--trace needs --device nvidia");
     if (!o->model && !o->shape) o->shape = "deepseek-r1-distill-qwen-1.5b";
     o->nthread = (int)threads;
     return LLA_OK;

@@ -64,17 +64,20 @@ __host__ __device__ inline size_t packed_index(size_t row, size_t col, size_t kt
 template <class... Params, class... Args>
 lla_status launch_clusters(const lla_cuda_ctx *ctx, const char *name, void (*kernel)(Params...), dim3 grid, int threads,
                            size_t smem, unsigned cluster, Args... args) {
-    if (smem > 48 * 1024) {
-        const cudaError_t e = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem);
-        if (e != cudaSuccess)
-            return lla_fail(LLA_EDEVICE, "%s: %zu bytes of shared memory: %s", name, smem, cudaGetErrorString(e));
-    }
+    /* The most that the kernel may ever ask for, whatever it asks for now: a graph's nodes share the attribute. */
+    cudaFuncAttributes code;
+    cudaError_t e0 = cudaFuncGetAttributes(&code, reinterpret_cast<const void *>(kernel));
+    if (e0 != cudaSuccess) return lla_fail(LLA_EDEVICE, "%s: %s", name, cudaGetErrorString(e0));
+    if (smem + code.sharedSizeBytes > ctx->max_smem)
+        return lla_fail(LLA_ELIMIT, "%s: %zu bytes of shared memory, a block may have %zu", name,
+                        smem + code.sharedSizeBytes, ctx->max_smem);
+    e0 = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              (int)(ctx->max_smem - code.sharedSizeBytes));
+    if (e0 != cudaSuccess) return lla_fail(LLA_EDEVICE, "%s: %s", name, cudaGetErrorString(e0));
     /* An SM changes the size of its shared memory only when it is empty: kernels that are to overlap ask for the same.
      */
-    const cudaError_t e0 =
-        cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
-                             cudaSharedmemCarveoutMaxShared);
+    e0 = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
+                              cudaSharedmemCarveoutMaxShared);
     if (e0 != cudaSuccess) return lla_fail(LLA_EDEVICE, "%s: %s", name, cudaGetErrorString(e0));
     cudaLaunchAttribute attributes[2] = {};
     unsigned n = 0;

@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(32 * W, 32 / W) linear_kernel(const Linear a) 
 #pragma unroll 1
         for (unsigned r = rows == 1 ? 0 : warp; r < rows; r += W) {
             scale = norm_scale<T>((const T *)a.x + source(a, first + r) * a.k, (unsigned)a.k, a.eps, lane);
-            if (lane == 0) scales[r] = scale;
+            if (lane == 0 && rows > 1) scales[r] = scale;
         }
         if (rows > 1) __syncthreads();
     }
@@ -201,7 +201,7 @@ lla_status launch_groups(const lla_cuda_ctx *ctx, const char *name, const Linear
     const size_t most = (size_t)ctx->sm_count * (2 * (least + sums + 1024) <= ctx->max_smem + 1024 ? 2 : 1);
     const unsigned grid = (unsigned)(ntiles < most ? ntiles : most);
     const size_t smem = least + (ntiles > grid ? sums : 0);
-    *done = smem <= ctx->max_smem;
+    *done = smem + COLS * sizeof(float) <= ctx->max_smem; /* with the norms' scales */
     if (!*done) return LLA_OK;
     return launch(ctx, name, linear_kernel<T, E, W, GROUPS>, dim3(grid, (unsigned)((a.max_rows + COLS - 1) / COLS)),
                   32 * W, smem, a);

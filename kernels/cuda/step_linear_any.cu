@@ -221,7 +221,8 @@ lla_status launch_linear(const lla_cuda_ctx *ctx, const char *name, const Linear
 } // namespace
 
 template <class T, Epilogue E> lla_status linear_any(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
-    if (shared_bytes<T, E>(a, true) <= ctx->max_smem) return launch_linear<T, E, true>(ctx, name, a);
+    if (shared_bytes<T, E>(a, true) + COLS * sizeof(Slot) <= ctx->max_smem)
+        return launch_linear<T, E, true>(ctx, name, a);
     if (!a.norm) return launch_linear<T, ADD, false>(ctx, name, a); /* can do without shared memory */
     return lla_fail(LLA_ELIMIT, "%s: eight rows of %zu elements do not fit in %zu bytes of shared memory", name, a.k,
                     ctx->max_smem);
