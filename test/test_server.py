@@ -122,6 +122,23 @@ def test_content_parts_and_roles(server):
     assert body["usage"]["prompt_tokens"] == same["usage"]["prompt_tokens"]
 
 
+def test_a_stop_string_ends_its_own_choice(server):
+    """One choice's stop string cancels that request; the others are what they would have been."""
+    options = {"prompt": "Hello", "n": 6, "temperature": 2, "seed": 3, "max_tokens": 60}
+    whole = [choice["text"] for choice in server.ask(COMPLETIONS, options)[2]["choices"]]
+    words = [word for text in whole for word in text.split()]
+    stop = next(word for word in words if 0 < sum(word in text for text in whole) < 6)
+    choices = server.ask(COMPLETIONS, {**options, "stop": stop})[2]["choices"]
+    assert [choice["text"] for choice in choices] == [text.split(stop)[0] for text in whole]
+    assert all(c["finish_reason"] == "stop" or stop not in whole[c["index"]] for c in choices)
+    streamed = [""] * 6
+    for event in server.events(COMPLETIONS, {**options, "stop": stop}):
+        for choice in event["choices"]:
+            streamed[choice["index"]] += choice["text"]
+    assert streamed == [choice["text"] for choice in choices]
+    server.idle()
+
+
 def test_many_choices(server):
     options = {"temperature": 2, "seed": 3, "max_tokens": 30}
     body = server.chat("Who are you?", n=5, **options)
