@@ -320,6 +320,7 @@ static void put_inputs(const struct lla_runner *r, struct lla_flight *flight, co
         put_sampling(r, inputs, s, &sampling[logit++], used);
         flight->has_odds |= s->sampling.nlogprob > 0;
     }
+    for (size_t i = nseq; i < d->max_seqs; i++) flight->logit[i] = -1; /* no later step takes a choice from there */
     *(struct lla_step_header *)(inputs + io->header) = (struct lla_step_header){row, logit};
 }
 

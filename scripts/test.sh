@@ -18,7 +18,7 @@ step 'C tests of the engine under ThreadSanitizer'
 [ -e build-tsan/build.ninja ] || meson setup build-tsan -Db_sanitize=thread -Doptimization=1 -Db_lundef=false -Dcuda=disabled >/dev/null
 ninja -C build-tsan test_engine test_invariance test_masks test_scheduler
 # one OpenMP thread: ThreadSanitizer cannot see how GCC's OpenMP library keeps its threads apart
-OMP_NUM_THREADS=1 meson test -C build-tsan --no-rebuild --print-errorlogs engine invariance scheduler
+OMP_NUM_THREADS=1 meson test -C build-tsan --no-rebuild --print-errorlogs engine invariance masks scheduler
 
 step 'fuzzers'
 scripts/fuzz.sh 20

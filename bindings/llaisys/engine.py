@@ -304,7 +304,8 @@ class Engine:
 
         mask: 32-bit words, in this machine's byte order; bit t % 32 of word t // 32 allows token t.
         None: the answer goes on without masks, until the request's constrain_after. index is the
-        number of tokens that the answer has; RequestError otherwise. Any thread may call it.
+        number of tokens that the answer has; RequestError otherwise. Any thread may call it, but
+        none while close is called.
         """
         words = 0 if mask is None else len(mask) // 4
         LIB_LLAISYS.llaisysEngineSetMask(self._handle(), number, index, mask, words)

@@ -637,6 +637,8 @@ lla_status lla_cuda_draw(const lla_cuda_ctx *ctx, const lla_sample_args *args) {
     while (cluster > 1 && cluster * ctx->logits > 2 * (size_t)ctx->sm_count) cluster /= 2;
     const size_t vocab = ctx->dims.vocab;
     LLA_CUDA_BY_DTYPE(ctx->dims.dtype,
+                      if (cluster > 1 && !cluster_fits(draw_kernel<T>, dim3(cluster, (unsigned)ctx->logits),
+                                                       DRAW_THREADS, 0, cluster)) cluster = 1;
                       return launch_clusters(ctx, "draw", draw_kernel<T>, dim3(cluster, (unsigned)ctx->logits),
                                              DRAW_THREADS, 0, cluster, in, (const T *)(arena + args->logits), vocab,
                                              (lla_candidate *)(arena + args->candidates), vocab > 32 ? vocab : 32,

@@ -20,7 +20,7 @@ enum { SLOW = 1 };
 enum { SLOW = 0 };
 #endif
 
-enum { MAX_SEQ = 160, REQUESTS = 60, SYSTEM = 45, MAX_BIAS = 8, MAX_LOGPROBS = 5 };
+enum { MAX_SEQ = 160, REQUESTS = 60, SYSTEM = 45, MAX_BIAS = 8, MAX_LOGPROBS = 5, AFTER = 7 };
 
 #ifdef ON_GPU
 static const llaisysDeviceType_t DEVICE = LLAISYS_DEVICE_NVIDIA;
@@ -49,6 +49,7 @@ static struct lla_runner alone;
 static struct LlaisysEngine *engine;
 static size_t vocab;
 static float *row;
+static uint32_t mask[5024 / 32]; /* [vocab / 32], rounded up */
 
 /* ---- what the engine computes, logits and all ---- */
 
@@ -96,13 +97,15 @@ struct request {
     size_t nbias, nlogprob;
     struct LlaisysLogprob logprobs[MAX_SEQ * (1 + MAX_LOGPROBS)]; /* of the answer */
     uint64_t id;
+    enum LlaisysConstraint constrained;
+    int64_t after; /* the token behind which masks are wanted, or -1 */
     enum LlaisysFinish finish;
-    bool submitted;
+    bool submitted, is_owed; /* the next token waits for its mask */
 };
 
 static struct request requests[REQUESTS];
 static int64_t system_prompt[SYSTEM];
-static size_t saw_cached, saw_preempted, saw_cancelled, saw_follow_up, saw_penalised, saw_logprobs;
+static size_t saw_cached, saw_preempted, saw_cancelled, saw_follow_up, saw_penalised, saw_logprobs, saw_masked;
 
 /* A prompt of its own, one that begins with the system's, one that was asked before, or the next turn of another. */
 static void make_request(struct request *r, struct rng *rng) {
@@ -137,6 +140,43 @@ static void make_request(struct request *r, struct rng *rng) {
     for (size_t i = 0; i < r->nbias; i++)
         r->bias[i] = (struct LlaisysLogitBias){(int64_t)rng_below(rng, vocab), i ? 4 * rng_normal(rng) : -INFINITY};
     if (rng_below(rng, 2)) r->nlogprob = rng_range(rng, 1, 1 + MAX_LOGPROBS);
+    r->constrained = (enum LlaisysConstraint)rng_below(rng, 3);
+    r->after = r->constrained == LLAISYS_CONSTRAIN_AFTER || rng_below(rng, 2) ? AFTER : -1;
+}
+
+/* ---- masks ---- */
+
+/* The mask of a token: a fifth of the vocabulary, by the token before and the answer's length. */
+static void make_mask(int64_t before, size_t index, uint32_t *words) {
+    memset(words, 0, (vocab + 31) / 32 * sizeof *words);
+    for (size_t t = 0; t < vocab; t++)
+        if (((int64_t)t * 7 + before * 3 + (int64_t)index) % 5 == 0) words[t / 32] |= 1u << t % 32;
+}
+
+/* Some tokens lift the constraint until the answer comes to `after` again. */
+static bool lifts(const struct request *r, int64_t token) {
+    return r->after >= 0 && token % 8 == 3;
+}
+
+/* Whether token n of the sequence, one of the answer's, is chosen under a mask. */
+static bool is_masked(const struct request *r, size_t n) {
+    bool masked = r->constrained == LLAISYS_CONSTRAIN_ALWAYS;
+    for (size_t i = r->nprompt; i < n && r->constrained; i++)
+        masked = r->tokens[i] == r->after || (masked && !lifts(r, r->tokens[i]));
+    return masked;
+}
+
+static void supply_mask(struct request *r) {
+    const size_t index = r->ntoken - r->nprompt;
+    const int64_t before = r->tokens[r->ntoken - 1];
+    r->is_owed = false;
+    if (index && lifts(r, before)) {
+        CHECK_INT(llaisysEngineSetMask(engine, r->id, index, NULL, 0), LLAISYS_OK);
+        return;
+    }
+    make_mask(before, index, mask);
+    CHECK_INT(llaisysEngineSetMask(engine, r->id, index, mask, (vocab + 31) / 32), LLAISYS_OK);
+    saw_masked++;
 }
 
 static void submit(struct request *r, struct rng *rng) {
@@ -152,12 +192,15 @@ static void submit(struct request *r, struct rng *rng) {
                                            .nlogit_bias = r->nbias,
                                            .logprobs = r->nlogprob > 0,
                                            .top_logprobs = r->nlogprob ? (int)r->nlogprob - 1 : 0,
+                                           .constrained = r->constrained,
+                                           .constrain_after = r->after,
                                            .tag = (uint64_t)(r - requests),
                                            .priority = rng_below(rng, 5) == 0,
                                            .no_cache = rng_below(rng, 8) == 0,
                                            .cache_salt = rng_below(rng, 8) == 0};
     CHECK_INT(llaisysEngineSubmit(engine, &request, &r->id), LLAISYS_OK);
     r->submitted = true;
+    r->is_owed = r->constrained == LLAISYS_CONSTRAIN_ALWAYS;
 }
 
 /* Again, alone: the prompt in the largest chunks, then one token at a time; tokens and logits must be the same. */
@@ -173,6 +216,8 @@ static void check_alone(const struct request *r, const uint64_t *digests, const 
         n = done < r->nprompt ? r->nprompt - done : 1;
         n = n < rows ? n : rows;
         const struct LlaisysSampling *s = &r->sampling;
+        const bool masked = done + n >= r->nprompt && is_masked(r, done + n);
+        if (masked) make_mask(r->tokens[done + n - 1], done + n - r->nprompt, mask);
         const struct lla_step_seq seq = {.tokens = r->tokens + done,
                                          .ntoken = n,
                                          .position0 = done,
@@ -191,7 +236,8 @@ static void check_alone(const struct request *r, const uint64_t *digests, const 
                                          .known = r->tokens,
                                          .nprompt = r->nprompt,
                                          .bias = bias,
-                                         .logprobs = logprobs};
+                                         .logprobs = logprobs,
+                                         .mask = masked ? mask : NULL};
         CHECK_INT(lla_runner_step(&alone, &seq, 1, &next), LLA_OK);
         if (!seq.want_next || done + n >= r->ntoken) continue;
         if (next != r->tokens[done + n]) {
@@ -218,6 +264,8 @@ static void check_alone(const struct request *r, const uint64_t *digests, const 
 static size_t take_events(int timeout_ms, const char *label) {
     struct LlaisysEvent events[8];
     size_t count, ended = 0;
+    for (size_t i = 0; i < REQUESTS; i++)
+        if (requests[i].is_owed && !requests[i].finish) supply_mask(&requests[i]);
     CHECK_INT(llaisysEnginePoll(engine, events, 8, timeout_ms, &count), LLAISYS_OK);
     for (size_t i = 0; i < count; i++) {
         struct request *r = &requests[events[i].tag];
@@ -227,7 +275,12 @@ static size_t take_events(int timeout_ms, const char *label) {
                    events[i].ntoken * r->nlogprob * sizeof *r->logprobs);
         r->ntoken += events[i].ntoken;
         r->finish = events[i].finish;
-        if (!r->finish) continue;
+        if (!r->finish) {
+            /* a token that was chosen under a mask asks for the next one's, if only to hear that there is none */
+            r->is_owed |=
+                events[i].ntoken && r->constrained && (is_masked(r, r->ntoken - 1) || is_masked(r, r->ntoken));
+            continue;
+        }
         ended++;
         check_alone(r, recorded[events[i].request % engine->nrequest], label);
         if (r->finish == LLAISYS_FINISH_LENGTH)
@@ -336,7 +389,8 @@ TEST(random_schedules) {
            saw_cancelled, saw_follow_up);
     printf("of those with a prefix or preempted, %zu had penalties and %zu log-probabilities\n", saw_penalised,
            saw_logprobs);
-    CHECK(saw_penalised > 3 && saw_logprobs > 3);
+    printf("%zu tokens were chosen under masks\n", saw_masked);
+    CHECK(saw_penalised > 3 && saw_logprobs > 3 && saw_masked > 100);
     CHECK(saw_cached > 10 && saw_preempted > 3 && saw_cancelled > 3 && saw_follow_up > 3);
     if (TEST_FAILURES) fprintf(stderr, "seed %llu\n", (unsigned long long)test_seed);
 }
