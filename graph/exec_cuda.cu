@@ -412,9 +412,12 @@ lla_status lla_exec_cuda_read_ceiling(lla_exec_cuda *exec, double *gbs) {
     double ms[3];
     const size_t n = exec->graph->plan.weight_bytes / 16;
     uint32_t *sink = (uint32_t *)(exec->ctx.arena + exec->graph->offset[LLA_B_X]);
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(2 * (unsigned)exec->ctx.sm_count);
+    config.blockDim = dim3(1024);
+    config.stream = exec->stream;
     LLA_TRY(time_each(exec, 20, ms, [&] {
-        read_kernel<<<2 * exec->ctx.sm_count, 1024, 0, exec->stream>>>((const uint4 *)exec->ctx.arena, n, sink);
-        return cudaGetLastError();
+        return cudaLaunchKernelEx(&config, read_kernel, (const uint4 *)exec->ctx.arena, n, sink);
     }));
     *gbs = 1e-6 * 16.0 * (double)n / ms[0];
     return LLA_OK;

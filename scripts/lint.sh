@@ -2,7 +2,7 @@
 # Format and static checks; changes nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-mapfile -t c_files < <(git ls-files '*.c' '*.h' '*.cu' '*.cuh')
+mapfile -t c_files < <(git ls-files '*.c' '*.h' '*.cu' '*.cuh' '*.cpp')
 clang-format --dry-run --Werror "${c_files[@]}"
 ruff format --check --quiet .
 ruff check --quiet .

@@ -2,6 +2,10 @@
 #ifndef LLA_PTX_CUH
 #define LLA_PTX_CUH
 
+#ifdef LLA_PTX /* another implementation: the emulator's, for tests without a GPU */
+#include LLA_PTX
+#else
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
@@ -137,6 +141,13 @@ __device__ __forceinline__ uint32_t transpose_8x8(uint32_t v) {
     return r;
 }
 
+/* ---- barriers of part of a block ---- */
+
+/* Waits for so many threads of the block, whole warps, at barrier `id`, 1 to 15. */
+__device__ __forceinline__ void barrier_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 /* ---- thread-block clusters (sm_90 and newer; nothing elsewhere) ---- */
 
 /* The cluster's barrier, in halves: what a thread wrote before it arrives, to any block's shared memory, is seen by
@@ -252,4 +263,5 @@ __device__ __forceinline__ void pdl_wait() {
 #endif
 }
 
+#endif
 #endif

@@ -9,6 +9,13 @@
 
 enum { WARPS = 8, THREADS = 32 * WARPS };
 
+/* The launch's shared memory, as bytes. */
+#ifndef LLA_DYNAMIC_SHARED
+#define LLA_DYNAMIC_SHARED(name, alignment)                                                                            \
+    extern __shared__ __align__(alignment)                                                                             \
+    char name[]
+#endif
+
 template <class T> __device__ __forceinline__ float to_float(T v);
 template <> __device__ __forceinline__ float to_float(float v) {
     return v;

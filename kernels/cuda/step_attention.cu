@@ -8,7 +8,7 @@ namespace {
 
 template <class T, int DIM, int W>
 __global__ void __launch_bounds__(32 * W, 1) rows_kernel(const Attention a, float scale) {
-    extern __shared__ __align__(16) char smem[];
+    LLA_DYNAMIC_SHARED(smem, 16);
     note(a.trace, LLA_BLOCK_BEGAN);
     pdl_launch_next();
     Jobs jobs(a, nullptr);

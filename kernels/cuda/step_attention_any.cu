@@ -135,7 +135,7 @@ template <class T> __device__ void mix(const Attention &a, const Shared<T> &s, s
 
 template <class T>
 __global__ void __launch_bounds__(THREADS, 2) attention_kernel(const Attention a, size_t groups, float scale) {
-    extern __shared__ char smem[];
+    LLA_DYNAMIC_SHARED(smem, 16);
     Shared<T> s;
     s.pitch = a.dim + 16 / sizeof(T);
     s.k = reinterpret_cast<T *>(smem);

@@ -29,7 +29,7 @@ template <class T, int DIM, int W> struct RowsMemory {
 
 /* The barrier of the first W warps. */
 template <int W> __device__ __forceinline__ void rows_barrier() {
-    asm volatile("bar.sync 1, %0;" ::"n"(32 * W) : "memory");
+    barrier_sync(1, 32 * W);
 }
 
 /* Some splits of a row for up to eight query heads of one KV head. */

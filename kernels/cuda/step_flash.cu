@@ -35,7 +35,7 @@ constexpr size_t FLASH_SMEM = TILE_ROWS * DIM * 2 + 4 * SPLIT * DIM * 2 + 4 * SP
 
 template <class T, int DIM>
 __global__ void __launch_bounds__(FLASH_THREADS, 2) flash_kernel(const Attention by_row, const Flash a) {
-    extern __shared__ __align__(128) char smem[];
+    LLA_DYNAMIC_SHARED(smem, 128);
     constexpr unsigned UNITS = DIM / 8, PASS = FLASH_THREADS / UNITS; /* rows that all threads copy at once */
     constexpr unsigned Q_BYTES = TILE_ROWS * DIM * 2, KV_BYTES = SPLIT * DIM * 2;
     static_assert(SPLIT % PASS == 0 && TILE_ROWS % PASS == 0 && PASS % 8 == 0, "every thread copies as many units");

@@ -15,7 +15,7 @@ namespace {
 
 template <class T, Epilogue E, class S>
 __global__ void __launch_bounds__(S::THREADS_, S::RESIDENT) product_kernel(const Product a) {
-    extern __shared__ char smem[];
+    LLA_DYNAMIC_SHARED(smem, 16);
     constexpr int MI = S::MI, NI = S::NI, KT = S::KT;
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const unsigned wm = warp / S::WARPS_N * MI, wn = warp % S::WARPS_N * (8 * NI);

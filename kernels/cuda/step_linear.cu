@@ -69,7 +69,7 @@ template <class T, Epilogue E, int W, int GROUPS>
 __global__ void __launch_bounds__(32 * W, 32 / W) linear_kernel(const Linear a) {
     constexpr unsigned SLOT = 32 * W * 16, RING = GROUPS * DEPTH * SLOT; /* bytes */
     constexpr bool NORM = E != ADD;
-    extern __shared__ __align__(16) char smem[];
+    LLA_DYNAMIC_SHARED(smem, 16);
     __shared__ float scales[COLS];
     float *sums = reinterpret_cast<float *>(smem + RING); /* [tiles > 1 ? 2 : 1][W][16][COLS] */
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -95,7 +95,7 @@ __device__ void stage_plain(const Linear &a, size_t first, size_t rows, T *stage
  * to shared memory first, normed where there is a norm; otherwise they are read where they lie. */
 template <class T, Epilogue E, bool STAGED, int W>
 __global__ void __launch_bounds__(32 * W, W == 8 ? 2 : 1) linear_kernel(const Linear a) {
-    extern __shared__ char smem[];
+    LLA_DYNAMIC_SHARED(smem, 16);
     __shared__ Slot slots[E == QKV ? COLS : 1];
     float *sums = reinterpret_cast<float *>(smem);                           /* [W][16][COLS] */
     T *staged = reinterpret_cast<T *>(smem + W * 16 * COLS * sizeof(float)); /* [rows][pitch] */

@@ -52,7 +52,7 @@ template <class T> __global__ void __launch_bounds__(THREADS) norm_kernel(const 
 template <class T, int NT, Epilogue E, bool SPLIT, int Q, int STAGES>
 __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
     many_kernel(const Linear a, const Shape s) {
-    extern __shared__ __align__(128) char smem[];
+    LLA_DYNAMIC_SHARED(smem, 128);
     constexpr unsigned COLS = 8 * NT, X_BYTES = Q * COLS * ROW_BYTES;
     constexpr unsigned PARTS = CLUSTER * Q; /* of a split K */
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;

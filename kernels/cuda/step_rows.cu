@@ -146,10 +146,13 @@ size_t lla_cuda_packed_bytes(llaisysDataType_t dtype, size_t rows, size_t cols) 
 lla_status lla_cuda_pack(llaisysDataType_t dtype, const void *src, size_t rows, size_t cols, size_t dst_row,
                          size_t half, void *packed, void *stream) {
     if (!rows || !cols) return LLA_OK;
-    const unsigned blocks = (unsigned)((rows * cols + 255) / 256);
-    LLA_CUDA_BY_DTYPE(dtype, pack_kernel<T><<<blocks, 256, 0, (cudaStream_t)stream>>>((const T *)src, rows, cols,
-                                                                                      dst_row, half, (T *)packed));
-    const cudaError_t e = cudaGetLastError();
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)((rows * cols + 255) / 256));
+    config.blockDim = dim3(256);
+    config.stream = (cudaStream_t)stream;
+    cudaError_t e;
+    LLA_CUDA_BY_DTYPE(
+        dtype, e = cudaLaunchKernelEx(&config, pack_kernel<T>, (const T *)src, rows, cols, dst_row, half, (T *)packed));
     if (e != cudaSuccess) return lla_fail(LLA_EDEVICE, "pack: launch failed: %s", cudaGetErrorString(e));
     return LLA_OK;
 }

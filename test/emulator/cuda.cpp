@@ -1,0 +1,354 @@
+/* cuda.cpp: the emulator's blocks, and the part of CUDA's runtime that the executor uses: one device, whose memory is
+ * the host's, and whose streams do at once what they are asked. EMULATED_CAPABILITY (80) and EMULATED_SMS (5) say which
+ * device it is. */
+#include "cuda.h"
+
+extern "C" {
+#include "../../kernels/device.h"
+}
+
+#include <algorithm>
+#include <sys/mman.h>
+
+emulator_index blockIdx, blockDim, gridDim;
+
+namespace emulator {
+
+enum { STACK = 64 << 10, SHARED = 256 << 10, MOST_THREADS = 1024, BARRIERS = 16, TURNS = 4 };
+
+struct Warp {
+    Lanes lanes[TURNS]; /* in turns: a lane is at most one exchange ahead of those that still read */
+    unsigned arrived[TURNS];
+};
+struct Barrier {
+    unsigned arrived, generation;
+};
+
+Thread *self;
+char *shared;
+size_t shared_bytes;
+unsigned block_threads;
+std::mutex running;
+
+static Thread threads[MOST_THREADS];
+static Warp warps[MOST_THREADS / 32];
+static Barrier barriers[BARRIERS];
+static void *scheduler;                    /* its stack pointer */
+static const std::function<void()> *block; /* what the threads run */
+static bool has_moved;                     /* a thread has got on */
+static thread_local std::vector<std::function<void()>> *captured;
+
+/* ---- fibers ---- */
+
+/* Keeps the caller's registers and stack pointer in *from and goes on with another's. */
+extern "C" void emulator_switch(void **from, void *to);
+asm(R"(
+.globl emulator_switch
+.hidden emulator_switch
+emulator_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+)");
+
+static void run_thread() {
+    (*block)();
+    self->is_done = has_moved = true;
+    emulator_switch(&self->stack_pointer, scheduler);
+    abort();
+}
+
+static void begin_thread(Thread &t) {
+    if (!t.stack) {
+        void *memory = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (memory == MAP_FAILED) abort();
+        t.stack = static_cast<char *>(memory);
+    }
+    t.is_done = false;
+    t.exchanges = 0;
+    t.groups.clear();
+    t.open.clear();
+    void **top = reinterpret_cast<void **>(t.stack + STACK - 64);
+    *--top = nullptr; /* where a function's return address would be */
+    *--top = reinterpret_cast<void *>(run_thread);
+    for (int i = 0; i < 6; i++) *--top = nullptr; /* registers */
+    t.stack_pointer = top;
+}
+
+void yield() {
+    emulator_switch(&self->stack_pointer, scheduler);
+}
+
+void barrier(int id, unsigned count, bool waits) {
+    Barrier &b = barriers[id];
+    const unsigned generation = b.generation;
+    has_moved = true;
+    if (++b.arrived == count) {
+        b.arrived = 0;
+        b.generation++;
+        return;
+    }
+    while (waits && b.generation == generation) yield();
+}
+
+const Lanes &exchange(const void *mine, size_t n) {
+    Warp &w = warps[self->id / 32];
+    const unsigned turn = self->exchanges++ % TURNS;
+    memcpy(w.lanes[turn][self->id % 32], mine, n);
+    has_moved = true;
+    const unsigned all = (w.arrived[turn]++ / 32 + 1) * 32;
+    while (w.arrived[turn] < all) yield();
+    return w.lanes[turn];
+}
+
+char *in_shared(uint32_t address, size_t n) {
+    if (address + n > shared_bytes || address % n) {
+        fprintf(stderr, "emulator: %zu bytes at %u of %zu bytes of shared memory, thread %u of block %u, %u\n", n,
+                address, shared_bytes, self->id, blockIdx.x, blockIdx.y);
+        abort();
+    }
+    return shared + address;
+}
+
+void run_block(const std::function<void()> &body, unsigned count, size_t dynamic_shared) {
+    static char *const memory = static_cast<char *>(aligned_alloc(1024, SHARED));
+    if (count > MOST_THREADS || count % 32 || dynamic_shared > SHARED) {
+        fprintf(stderr, "emulator: a block of %u threads and %zu bytes\n", count, dynamic_shared);
+        abort();
+    }
+    shared = memory;
+    shared_bytes = dynamic_shared;
+    memset(shared, 0xff, dynamic_shared); /* NaN */
+    block = &body;
+    block_threads = count;
+    memset(barriers, 0, sizeof barriers);
+    for (unsigned i = 0; i < count; i++) {
+        threads[i].id = i;
+        begin_thread(threads[i]);
+        if (i % 32 == 0) memset(warps[i / 32].arrived, 0, sizeof warps[0].arrived);
+    }
+    for (bool is_over = false; !is_over;) {
+        bool block_moved = false;
+        is_over = true;
+        for (unsigned warp = 0; warp < count; warp += 32)
+            for (bool warp_moved = true; warp_moved;) { /* as far as it gets: most waits are within a warp */
+                warp_moved = false;
+                for (unsigned i = warp; i < warp + 32; i++) {
+                    if (threads[i].is_done) continue;
+                    has_moved = false;
+                    self = &threads[i];
+                    emulator_switch(&scheduler, threads[i].stack_pointer);
+                    is_over = is_over && threads[i].is_done;
+                    warp_moved = warp_moved || has_moved;
+                }
+                block_moved = block_moved || warp_moved;
+            }
+        for (unsigned i = 0; i < count; i++) is_over = is_over && threads[i].is_done;
+        if (is_over || block_moved) continue;
+        fprintf(stderr, "emulator: the threads of block %u, %u wait for each other\n", blockIdx.x, blockIdx.y);
+        abort();
+    }
+}
+
+void issue(std::function<void()> work) {
+    if (captured)
+        captured->push_back(std::move(work));
+    else
+        work();
+}
+
+static unsigned setting(const char *name, unsigned otherwise) {
+    const char *text = getenv(name);
+    return text ? (unsigned)atoi(text) : otherwise;
+}
+
+} // namespace emulator
+
+/* ---- the runtime ---- */
+
+using emulator::issue;
+
+struct CUgraph_st {
+    std::vector<std::function<void()>> work;
+};
+struct CUgraphExec_st {
+    std::vector<std::function<void()>> work;
+};
+
+extern "C" {
+
+static cudaError_t allocate(void **p, size_t n) {
+    *p = aligned_alloc(256, (n + 255) / 256 * 256);
+    if (!*p) return cudaErrorMemoryAllocation;
+    memset(*p, 0xff, n);
+    return cudaSuccess;
+}
+cudaError_t cudaMalloc(void **p, size_t n) {
+    return allocate(p, n);
+}
+cudaError_t cudaMallocHost(void **p, size_t n) {
+    return allocate(p, n);
+}
+cudaError_t cudaFree(void *p) {
+    free(p);
+    return cudaSuccess;
+}
+cudaError_t cudaFreeHost(void *p) {
+    free(p);
+    return cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, cudaMemcpyKind, cudaStream_t) {
+    issue([=] { memcpy(to, from, n); });
+    return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void *to, int v, size_t n, cudaStream_t) {
+    issue([=] { memset(to, v, n); });
+    return cudaSuccess;
+}
+cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
+    *available = *total = (size_t)8 << 30;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) {
+    *stream = nullptr;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamDestroy(cudaStream_t) {
+    return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t) {
+    return cudaSuccess;
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
+    return cudaSuccess;
+}
+cudaError_t cudaEventCreate(cudaEvent_t *event) {
+    *event = nullptr;
+    return cudaSuccess;
+}
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) {
+    *event = nullptr;
+    return cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t) {
+    return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) {
+    return cudaSuccess;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t) {
+    return cudaSuccess;
+}
+cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t, cudaEvent_t) {
+    *ms = 0;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError(void) {
+    return cudaSuccess;
+}
+const char *cudaGetErrorString(cudaError_t error) {
+    return error == cudaErrorMemoryAllocation ? "out of memory" : "an error of the emulator";
+}
+cudaError_t cudaSetDevice(int) {
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
+    const int capability = (int)emulator::setting("EMULATED_CAPABILITY", 80);
+    switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+        *value = (int)emulator::setting("EMULATED_SMS", 5);
+        break;
+    case cudaDevAttrComputeCapabilityMajor:
+        *value = capability / 10;
+        break;
+    case cudaDevAttrComputeCapabilityMinor:
+        *value = capability % 10;
+        break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+        *value = (capability == 80 ? 163 : capability >= 90 ? 227 : 99) << 10;
+        break;
+    default:
+        return cudaErrorInvalidValue;
+    }
+    return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute, int) {
+    return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, const void *) {
+    *attributes = cudaFuncAttributes{};
+    attributes->ptxVersion = 80; /* no programmatic launch */
+    return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveClusters(int *count, const void *, const cudaLaunchConfig_t *) {
+    *count = 0;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
+    emulator::captured = new std::vector<std::function<void()>>;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *graph) {
+    *graph = new CUgraph_st{std::move(*emulator::captured)};
+    delete emulator::captured;
+    emulator::captured = nullptr;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long) {
+    *exec = new CUgraphExec_st{graph->work};
+    return cudaSuccess;
+}
+cudaError_t cudaGraphUpload(cudaGraphExec_t, cudaStream_t) {
+    return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
+    for (const auto &work : exec->work) work();
+    return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    delete graph;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+    delete exec;
+    return cudaSuccess;
+}
+
+/* ---- the device's table: enough for a test to see that there is one; operators are not emulated ---- */
+
+static int one(void) {
+    return 1;
+}
+static int zero(void) {
+    return 0;
+}
+static lla_status set(int) {
+    return LLA_OK;
+}
+const struct lla_device *lla_cuda_device(void) {
+    static lla_device device;
+    device.name = "nvidia";
+    device.count = one;
+    device.current = zero;
+    device.set = set;
+    return &device;
+}
+const struct lla_op_table *lla_cuda_ops(void) {
+    return nullptr;
+}
+}
