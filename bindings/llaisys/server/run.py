@@ -13,6 +13,7 @@ import contextlib
 import errno
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
@@ -47,6 +48,8 @@ def serve(config: Config, begun: float | None = None) -> None:
     begun: when the program began, in seconds of time.perf_counter, for the start-up breakdown.
     """
     begun = time.perf_counter() if begun is None else begun
+    # one text at a time is no faster with the tokenizer's threads, as many as there are cores
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     clock = _Clock(begun)
     clock.lap("imports")
     listener = _bind(config.host, config.port)
