@@ -189,6 +189,7 @@ def test_prompts_deeper(server):
         ({"suffix": "x"}, "suffix"),
         *[({"logprobs": value}, "logprobs") for value in (*absent("logprobs", 0), 21)],
         ({"best_of": 3}, "best_of"),
+        ({"echo": True, "logprobs": 0}, "logprobs"),
         ({"n": 40}, "prompt"),
     ):
         refused(server, 400, param, COMPLETIONS, {"prompt": ["Hi", "you"], **body})

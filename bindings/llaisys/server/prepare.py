@@ -152,6 +152,13 @@ class Model:
         self._check_count(len(prompts) * (request.n or 1), "prompt")
         if request.best_of not in (None, 1, request.n):
             raise ApiError(400, "best_of: expected to equal n", param="best_of")
+        if request.echo and request.logprobs is not None:
+            raise ApiError(
+                400,
+                "logprobs: not supported beside echo: the prompt's are not known",
+                param="logprobs",
+                code="unsupported_parameter",
+            )
         size = sum(map(len, prompts))
         encode = self.tokenizer.encode
         ids = await self._run(size, lambda: [encode(p) if _is_text(p) else p for p in prompts])
