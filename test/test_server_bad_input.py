@@ -153,7 +153,7 @@ def test_values_deeper(server):
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
     ):
         refused(server, 400, param, CHAT, {"messages": USER, **body})
-    refused(server, 400, "stop", CHAT, {"messages": USER, "stop": ["x"] * 10_000})
+    refused(server, 400, "stop", CHAT, {"messages": USER, "stop": ["x"] * 10_000}, "at most 16")
     for number in ("1e999", "-1e999", "NaN", "Infinity"):
         body = '{"messages":[{"role":"user","content":"Hi"}],"temperature":' + number + "}"
         assert server.ask(CHAT, body)[0] == 400
