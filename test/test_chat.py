@@ -310,6 +310,25 @@ def test_interrupt_stops_the_answer_alone(tmp_path):
     assert (tmp_path / "kept\n.json").exists()
 
 
+def test_answers_do_not_command_the_terminal(tmp_path):
+    """Escape sequences in an answer: the title, the clipboard, the screen, and as one character."""
+    text = "\x1b]0;title\x07 \x1b]52;c;aGk=\x07 \x9b2J done\n\n```\n\x1b[2J fenced\n```\n\nthe end"
+    with told(answers=[text]) as address:
+        terminal = Terminal(command("chat", "--url", address), tmp_path)
+        try:
+            terminal.wait_for("/help lists the commands")
+            terminal.wait_for(">")
+            terminal.type("Go\r")
+            shown = terminal.wait_for("the end")
+            terminal.type("/show\r")
+            shown += terminal.wait_for("assistant:") + terminal.wait_for("the end")
+        finally:
+            terminal.end()
+    assert "done" in shown
+    assert "]52;" in shown  # as text
+    assert not re.search("\x1b]|\x07|\x9b", shown)
+
+
 def test_talk_in_a_terminal(tmp_path):
     terminal = Terminal(command("chat", *LOCAL, "--temperature", "0"), tmp_path)
     try:

@@ -237,6 +237,10 @@ class Remote:
 
 # ---- what is shown ----
 
+# A model's text must not move the cursor, or set the title or the clipboard, by escape sequences.
+CONTROLS = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)), "\ufffd")
+CONTROLS |= {ord("\t"): "\t", ord("\n"): "\n", ord("\r"): ""}
+
 
 class _Screen:
     """An answer as it comes: markdown on a terminal, plain text elsewhere.
@@ -253,7 +257,7 @@ class _Screen:
     def add(self, piece: Piece) -> None:
         if piece.thoughts:
             self._thinking = True
-            self.console.print(Text(piece.thoughts, "dim italic"), end="")
+            self.console.print(Text(piece.thoughts.translate(CONTROLS), "dim italic"), end="")
         if not piece.text:
             return
         if self._thinking:
@@ -262,7 +266,7 @@ class _Screen:
         if not self.console.is_terminal:
             self.console.out(piece.text, end="", highlight=False)
             return
-        self._text += piece.text
+        self._text += piece.text.translate(CONTROLS)
         done, self._text = _split_blocks(self._text)
         if done:
             self._stop()
@@ -341,7 +345,7 @@ class Chat:
                 self._note(f"error: {error}", "red")
 
     def _note(self, text: str, style: str = "dim") -> None:
-        self.console.print(Text(text, style))
+        self.console.print(Text(text.translate(CONTROLS), style))
 
     def _body(self) -> dict[str, Any]:
         told = [{"role": "system", "content": self.system}] if self.system else []
@@ -423,7 +427,7 @@ class Chat:
                 text = self._input(question)
             except (KeyboardInterrupt, EOFError):
                 text = ""
-        self._ask(text or question)
+        self._ask(text or question, kept)
 
     def _take_back(self) -> str:
         """The last question, removed with its answer."""
