@@ -95,6 +95,7 @@ class Model:
         template = self.tokenizer.chat_template or ""
         self.thinks = THINK_END in template or self.tokenizer.token_id(THINK_END) is not None
         self.max_seq = self.vocab = 0  # known once the engine is open
+        self.max_choices = config.max_choices  # less where the engine's queue is shorter
         self._grammars: Grammars | None = None
         self._without_grammars = "they are not ready"
         self._long = asyncio.Lock()
@@ -292,7 +293,7 @@ class Model:
             )
 
     def _check_count(self, count: int, name: str) -> None:
-        most = self.config.max_choices
+        most = self.max_choices
         if count > most:
             raise ApiError(
                 400, f"{name}: {count} answers asked, at most {most} allowed", param=name

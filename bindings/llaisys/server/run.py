@@ -163,6 +163,8 @@ class _Runner:
         self.clock.lap("schemas")
         meta = engine.meta
         model.max_seq, model.vocab = meta.maxseq, meta.voc
+        stats = engine.stats()  # more at once would be refused for ever, with a 429 at that
+        model.max_choices = min(config.max_choices, stats["max_seqs"] + stats["max_queue"])
         if self._told.is_set():
             return engine
         server.metrics.model = model.name
