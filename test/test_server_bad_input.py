@@ -334,6 +334,16 @@ def test_no_http(server):
         assert received == b"" or received.startswith((b"HTTP/1.1 4", b"HTTP/1.0 4")), received[:80]
 
 
+def test_broken_bodies_are_told(server):
+    """Unless an answer to another request is under way, for which it would be taken."""
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n".encode()
+    for body in (b"zz\r\n", b"2\r\n{}x\r\n", b"f" * 20 + b"\r\n"):
+        assert server.raw(head + body).startswith(b"HTTP/1.1 400 ")
+    text = json.dumps({"prompt": "Hi", "max_tokens": 900, "ignore_eos": True}).encode()
+    first = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(text)}\r\n\r\n"
+    assert server.raw(first.encode() + text + head + b"zz\r\n") == b""
+
+
 def test_half_a_request_then_gone(server):
     for length in (5, 60, 75):
         text = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{{"
