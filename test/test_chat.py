@@ -138,6 +138,68 @@ def test_no_key(server):
     assert "401: no valid API key" in done.stderr
 
 
+class Told(BaseHTTPRequestHandler):
+    """A server that answers with what it is told to; no answers are left: it breaks off."""
+
+    models = b'{"data": [{"id": "told"}]}'
+    answers = ()
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.models)
+
+    def do_POST(self):
+        self.send_response(200)
+        self.end_headers()
+        text, *type(self).answers = self.answers or [""]
+        choice = {"index": 0, "delta": {"content": text}, "finish_reason": "stop" if text else None}
+        self.wfile.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def told(**fields):
+    """The address of such a server."""
+    http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Told,), fields))
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{http.server_port}"
+    http.shutdown()
+    http.server_close()
+
+
+@pytest.mark.parametrize("models", [b"", b"<html>", b"[]", b'{"data": []}', b'{"data": [5]}'])
+def test_some_other_server(models):
+    with told(models=models) as address:
+        done = start("--url", address)
+    assert done.returncode == 1
+    assert done.stderr == f"llaisys: error: --url: {address}: expected a server of OpenAI's API\n"
+
+
+def test_nothing_is_lost_with_the_server():
+    """What had been said before a question that fails, and the answer that was to be given again."""
+    with told(answers=["One.", "Two."]) as address:
+        out = chat(
+            ("--url", address),
+            *("First?", "Second?", "/regenerate", "/edit Third?", "Fourth?", "/show"),
+        )
+    assert out.count("error: the answer broke off") == 3
+    shown = out.rpartition("broke off")[2]
+    assert [w for w in shown.split() if w in ("user:", "assistant:")] == ["user:", "assistant:"] * 2
+    for words in ("First?", "One.", "Second?", "Two."):
+        assert words in shown
+
+
+def test_files_that_cannot_be(tmp_path):
+    lines = ("/save ~nobody-of-this-name/x", "/load ~nobody-of-this-name/x", "/load", "/save")
+    with told(answers=["One."]) as address:
+        out = chat(("--url", address), *lines, "First?", cwd=tmp_path)
+    assert out.count("error: /save: ") == out.count("error: /load: ") == 2
+    assert "One." in out
+
+
 # ---- in a terminal ----
 
 
@@ -246,6 +308,25 @@ def test_interrupt_stops_the_answer_alone(tmp_path):
         http.shutdown()
     assert "+Go on" in (tmp_path / "llaisys" / "chat_history").read_text(encoding="utf-8")
     assert (tmp_path / "kept\n.json").exists()
+
+
+def test_answers_do_not_command_the_terminal(tmp_path):
+    """Escape sequences in an answer: the title, the clipboard, the screen, and as one character."""
+    text = "\x1b]0;title\x07 \x1b]52;c;aGk=\x07 \x9b2J done\n\n```\n\x1b[2J fenced\n```\n\nthe end"
+    with told(answers=[text]) as address:
+        terminal = Terminal(command("chat", "--url", address), tmp_path)
+        try:
+            terminal.wait_for("/help lists the commands")
+            terminal.wait_for(">")
+            terminal.type("Go\r")
+            shown = terminal.wait_for("the end")
+            terminal.type("/show\r")
+            shown += terminal.wait_for("assistant:") + terminal.wait_for("the end")
+        finally:
+            terminal.end()
+    assert "done" in shown
+    assert "]52;" in shown  # as text
+    assert not re.search("\x1b]|\x07|\x9b", shown)
 
 
 def test_talk_in_a_terminal(tmp_path):

@@ -530,9 +530,11 @@ def test_settings_are_sent(page: Page, stub: Stub) -> None:
     values = {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "max_tokens": 100, "seed": 7}
     assert stub.asked[-1].keys() == {"model", "messages", "stream", "stream_options"}
     page.click("#settings-open")
-    page.fill("[name=temperature]", "3")
-    page.click("dialog .primary")
-    expect(page.locator("#settings .error")).to_be_visible()
+    for name, value in (("temperature", "3"), ("seed", "9" * 20), ("max_tokens", "9" * 10)):
+        page.fill(f"[name={name}]", value)
+        page.click("dialog .primary")
+        expect(page.locator("#settings .error")).to_be_visible()
+        page.fill(f"[name={name}]", "")
     for name, value in values.items():
         page.fill(f"[name={name}]", str(value))
     page.fill("[name=system]", "Be brief.")

@@ -437,12 +437,19 @@ def test_full_queue(tmp_path):
         assert set(statuses) == {200, 429}
         assert statuses.count(200) >= 4
         assert all(retry == (status == 429) for status, retry in results)
-        # more at once than there is room for, ever: nothing of it stays
+        # more at once than there is room for now: nothing of it stays
         server.idle()
-        before = server.metric("vllm:generation_tokens_total")
-        assert server.ask(COMPLETIONS, {**LONG, "n": 10})[0] == 429
+        with contextlib.closing(server.open(COMPLETIONS, {**LONG, "stream": True})) as sock:
+            sock.recv(1)
+            before = server.metric("vllm:generation_tokens_total")
+            assert server.ask(COMPLETIONS, {**LONG, "n": 4})[0] == 429
         server.idle()
-        assert server.metric("vllm:generation_tokens_total") - before < 900
+        assert server.metric("vllm:generation_tokens_total") - before < 2 * 900
+        # and than there is, ever: to try again makes no sense
+        for body in ({**LONG, "n": 5}, {**LONG, "prompt": ["Hi"] * 5}):
+            status, headers, answer = server.ask(COMPLETIONS, body)
+            assert (status, headers.get("retry-after")) == (400, None)
+            assert "at most 4 allowed" in answer["error"]["message"]
 
 
 def test_loading():

@@ -1,6 +1,7 @@
 """What strangers send: every row of the table of bad inputs, in OpenAI's shape, and nothing breaks."""
 
 import json
+import os
 import socket
 import sys
 import threading
@@ -152,7 +153,7 @@ def test_values_deeper(server):
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
     ):
         refused(server, 400, param, CHAT, {"messages": USER, **body})
-    refused(server, 400, "stop", CHAT, {"messages": USER, "stop": ["x"] * 10_000})
+    refused(server, 400, "stop", CHAT, {"messages": USER, "stop": ["x"] * 10_000}, "at most 16")
     for number in ("1e999", "-1e999", "NaN", "Infinity"):
         body = '{"messages":[{"role":"user","content":"Hi"}],"temperature":' + number + "}"
         assert server.ask(CHAT, body)[0] == 400
@@ -188,6 +189,7 @@ def test_prompts_deeper(server):
         ({"suffix": "x"}, "suffix"),
         *[({"logprobs": value}, "logprobs") for value in (*absent("logprobs", 0), 21)],
         ({"best_of": 3}, "best_of"),
+        ({"echo": True, "logprobs": 0}, "logprobs"),
         ({"n": 40}, "prompt"),
     ):
         refused(server, 400, param, COMPLETIONS, {"prompt": ["Hi", "you"], **body})
@@ -204,6 +206,41 @@ def test_longer_than_the_context(server):
         refused(server, 400, "messages", CHAT, body, 1024)
     assert server.ask(COMPLETIONS, {"prompt": [1] * 1024})[0] == 400
     assert server.ask(COMPLETIONS, {"prompt": [1] * 1023})[0] == 200
+
+
+def test_arguments_nested_at_every_depth(server):
+    """Some can be read, but not be written again."""
+    for depth in range(900, 1000):
+        arguments = "[" * depth + "]" * depth
+        call = {"function": {"name": "f", "arguments": arguments}}
+        body = {"messages": [*USER, {"role": "assistant", "tool_calls": [call]}]}
+        status, _, answer = server.ask("/tokenize", body)
+        assert status in (200, 400), (depth, answer)
+    assert "nested" in answer["error"]["message"] or "depth" in answer["error"]["message"]
+
+
+def test_long_texts_hold_nobody_up(tmp_path):
+    """Millions of tokens are made in a thread that others run beside, and their memory goes back."""
+    with Served(tmp_path / "log") as server, ThreadPoolExecutor(24) as pool:
+
+        def memory():
+            pages = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
+            return int(pages) * os.sysconf("SC_PAGESIZE")
+
+        text = "1 " * 700_000
+        assert server.ask("/tokenize", {"prompt": "1 " * 200_000})[2]["count"] == 400_000
+        before, slowest = memory(), 0.0
+        asked = pool.submit(server.ask, "/tokenize", {"prompt": text})
+        while not asked.done():
+            begun = time.monotonic()
+            assert server.ask("/health")[0] == 200
+            slowest = max(slowest, time.monotonic() - begun)
+        assert asked.result()[2]["count"] == 1_400_000
+        assert slowest < 1
+        assert memory() - before < 200 << 20
+        body = json.dumps({"prompt": "1 " * 140_000})
+        statuses = list(pool.map(lambda _: server.ask(COMPLETIONS, body)[0], range(24)))
+        assert set(statuses) == {400, 429}
 
 
 def test_unsupported_says_so(server):
@@ -295,6 +332,16 @@ def test_no_http(server):
     ):
         received = server.raw(data)
         assert received == b"" or received.startswith((b"HTTP/1.1 4", b"HTTP/1.0 4")), received[:80]
+
+
+def test_broken_bodies_are_told(server):
+    """Unless an answer to another request is under way, for which it would be taken."""
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n".encode()
+    for body in (b"zz\r\n", b"2\r\n{}x\r\n", b"f" * 20 + b"\r\n"):
+        assert server.raw(head + body).startswith(b"HTTP/1.1 400 ")
+    text = json.dumps({"prompt": "Hi", "max_tokens": 900, "ignore_eos": True}).encode()
+    first = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(text)}\r\n\r\n"
+    assert server.raw(first.encode() + text + head + b"zz\r\n") == b""
 
 
 def test_half_a_request_then_gone(server):

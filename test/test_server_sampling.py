@@ -98,6 +98,20 @@ def test_logprobs_of_completions(server):
         assert len(top) == 2
 
 
+def test_offsets_of_completions(server):
+    """Where a token's text is, also behind tokens that are parts of characters or not in it."""
+    body = {"prompt": "Hello", "max_tokens": 300, "temperature": 2, "seed": 3, "ignore_eos": True}
+    (choice,) = server.ask(COMPLETIONS, {**body, "logprobs": 0})[2]["choices"]
+    told, text, before, parts = choice["logprobs"], choice["text"], "", 0
+    for token, offset in zip(told["tokens"], told["text_offset"], strict=True):
+        is_part = token.startswith("bytes:")
+        if not is_part and not token.startswith("<|") and not before.startswith("bytes:"):
+            assert text[offset:].startswith(token)
+        parts += is_part
+        before = token
+    assert parts > 1
+
+
 def test_top_logprobs_need_logprobs(server):
     status, _, body = server.ask(CHAT, chat_body("Hi", top_logprobs=2))
     assert (status, body["error"]["param"]) == (400, "top_logprobs")

@@ -167,8 +167,12 @@ class Remote:
         if key:
             self._headers["authorization"] = f"Bearer {key}"
         self._connection: http.client.HTTPConnection | None = None
-        models = json.loads(self._ask("GET", "/v1/models").read())
-        self.name = models["data"][0]["id"]
+        try:
+            self.name = str(json.loads(self._ask("GET", "/v1/models").read())["data"][0]["id"])
+        except ChatError:
+            raise
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+            raise ChatError(f"--url: {url}: expected a server of OpenAI's API") from error
 
     def __enter__(self) -> Self:
         return self
@@ -202,14 +206,19 @@ class Remote:
         asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
         asked["model"] = self.name
         response = self._ask("POST", "/v1/chat/completions", json.dumps(asked).encode())
+        is_whole = False
         try:
             for line in response:
                 if line.startswith(b"data: {"):
-                    yield from self._pieces(json.loads(line[6:]))
+                    for piece in self._pieces(json.loads(line[6:])):
+                        is_whole = is_whole or piece.finish is not None
+                        yield piece
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise ChatError(f"the answer broke off: {error}") from error
         finally:
             self._close()  # which ends the answer, if there is more of it
+        if not is_whole:
+            raise ChatError("the answer broke off")
 
     def _pieces(self, event: Mapping[str, Any]) -> Iterator[Piece]:
         if "error" in event:
@@ -228,6 +237,10 @@ class Remote:
 
 # ---- what is shown ----
 
+# A model's text must not move the cursor, or set the title or the clipboard, by escape sequences.
+CONTROLS = dict.fromkeys((*range(0x20), *range(0x7F, 0xA0)), "\ufffd")
+CONTROLS |= {ord("\t"): "\t", ord("\n"): "\n", ord("\r"): ""}
+
 
 class _Screen:
     """An answer as it comes: markdown on a terminal, plain text elsewhere.
@@ -244,7 +257,7 @@ class _Screen:
     def add(self, piece: Piece) -> None:
         if piece.thoughts:
             self._thinking = True
-            self.console.print(Text(piece.thoughts, "dim italic"), end="")
+            self.console.print(Text(piece.thoughts.translate(CONTROLS), "dim italic"), end="")
         if not piece.text:
             return
         if self._thinking:
@@ -253,7 +266,7 @@ class _Screen:
         if not self.console.is_terminal:
             self.console.out(piece.text, end="", highlight=False)
             return
-        self._text += piece.text
+        self._text += piece.text.translate(CONTROLS)
         done, self._text = _split_blocks(self._text)
         if done:
             self._stop()
@@ -332,7 +345,7 @@ class Chat:
                 self._note(f"error: {error}", "red")
 
     def _note(self, text: str, style: str = "dim") -> None:
-        self.console.print(Text(text, style))
+        self.console.print(Text(text.translate(CONTROLS), style))
 
     def _body(self) -> dict[str, Any]:
         told = [{"role": "system", "content": self.system}] if self.system else []
@@ -342,7 +355,9 @@ class Chat:
             body["chat_template_kwargs"] = {"enable_thinking": think}
         return body
 
-    def _ask(self, question: str) -> None:
+    def _ask(self, question: str, kept: list[dict[str, str]] | None = None) -> None:
+        """kept: what was said, if nothing comes of the question; by default, what was before."""
+        kept = list(self.messages) if kept is None else kept
         self.messages.append({"role": "user", "content": question})
         answer, usage, finish = "", None, None
         screen = _Screen(self.console)
@@ -356,7 +371,7 @@ class Chat:
             finish = "stopped"
         except ChatError:
             if not answer:
-                self.messages.pop()  # so that it can be asked again
+                self.messages = kept  # so that it can be asked again
             raise
         finally:
             stream.close()
@@ -400,9 +415,11 @@ class Chat:
         self._note(f"settings: {shown or 'the defaults'}")
 
     def _on_regenerate(self, _rest: str) -> None:
-        self._ask(self._take_back())
+        kept = list(self.messages)
+        self._ask(self._take_back(), kept)
 
     def _on_edit(self, rest: str) -> None:
+        kept = list(self.messages)
         question = self._take_back()
         text = rest
         if not text:
@@ -410,7 +427,7 @@ class Chat:
                 text = self._input(question)
             except (KeyboardInterrupt, EOFError):
                 text = ""
-        self._ask(text or question)
+        self._ask(text or question, kept)
 
     def _take_back(self) -> str:
         """The last question, removed with its answer."""
@@ -424,19 +441,19 @@ class Chat:
     def _on_show(self, _rest: str) -> None:
         for message in self.messages:
             self._note(f"{message['role']}:")
-            self.console.print(Markdown(message["content"]))
+            self.console.print(Markdown(message["content"].translate(CONTROLS)))
 
     def _on_save(self, rest: str) -> None:
-        if not rest:
-            raise ChatError("/save: expected a file")
+        file = _file("save", rest)
         kept = {"system": self.system, "settings": self.settings, "messages": self.messages}
         text = json.dumps(kept, ensure_ascii=False, indent=1)
-        Path(rest).expanduser().write_text(text + "\n", encoding="utf-8")
+        file.write_text(text + "\n", encoding="utf-8", errors="replace")
         self._note(f"{len(self.messages)} messages saved to {rest}")
 
     def _on_load(self, rest: str) -> None:
+        file = _file("load", rest)
         try:
-            kept = json.loads(Path(rest).expanduser().read_text(encoding="utf-8"))
+            kept = json.loads(file.read_text(encoding="utf-8"))
             messages = [
                 {"role": str(m["role"]), "content": str(m["content"])} for m in kept["messages"]
             ]
@@ -446,6 +463,15 @@ class Chat:
             raise ChatError(f"{rest}: expected a saved chat") from error
         self.messages, self.settings, self.system = messages, settings, system
         self._note(f"{len(messages)} messages loaded")
+
+
+def _file(command: str, name: str) -> Path:
+    if not name:
+        raise ChatError(f"/{command}: expected a file")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # ~ of nobody
+        raise ChatError(f"/{command}: {name}: {error}") from error
 
 
 def _summary(usage: Mapping[str, Any] | None, finish: str | None) -> str:

@@ -46,6 +46,9 @@ class Bounds(NamedTuple):
 
 
 DEFAULT_BOUNDS = Bounds()
+# Characters up to which a text is encoded at once. For a longer one the library's call for batches
+# is worth its thread pool: it lets other Python threads run meanwhile, and keeps no offsets.
+SHORT = 4096
 
 
 class Tokenizer:
@@ -95,8 +98,12 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. A rendered chat template has its special tokens: pass False."""
+        backend = self._backend
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) <= SHORT:
+                return backend.encode(text, add_special_tokens=add_special_tokens).ids
+            found = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return found[0].ids
         except TypeError as error:
             if not isinstance(text, str):
                 raise

@@ -38,6 +38,7 @@ class ChoiceText:
         self.finish_reason: str | None = None
         self.logprobs: list[list[tuple[int, float]]] = []  # of the tokens that the last read gave
         self.offset = 0  # of the next token in the text, in characters
+        self.told = Detokenizer(model.table)  # of the tokens before it
         self._detokenizer = Detokenizer(model.table)
         self._reasoning = None if prepared.reasoning is None else Reasoning(prepared.reasoning)
         self._stops = StopStrings(prepared.stops) if prepared.stops else None
@@ -265,9 +266,9 @@ class Answer(Response):
             ],
             "text_offset": [],
         }
-        for token in result["tokens"]:
+        for own, *_ in entries:
             result["text_offset"].append(text.offset)
-            text.offset += len(token)
+            text.offset += len(text.told.push([own[0]]))
         return result
 
     # ---- one object ----

@@ -8,6 +8,7 @@ another answer than the one asked for.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import dataclasses
 import hashlib
 import importlib.util
@@ -60,6 +61,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 MAX_KWARGS = 64 << 10  # characters of chat_template_kwargs
 INLINE = 4096  # characters that are tokenized at once; more go to a thread
+LONG = 1 << 18  # more go there one after another: they take up to 400 bytes of memory each
+MAX_WAITING = 16  # requests of which each is longer
 
 
 @dataclass
@@ -92,8 +95,11 @@ class Model:
         template = self.tokenizer.chat_template or ""
         self.thinks = THINK_END in template or self.tokenizer.token_id(THINK_END) is not None
         self.max_seq = self.vocab = 0  # known once the engine is open
+        self.max_choices = config.max_choices  # less where the engine's queue is shorter
         self._grammars: Grammars | None = None
         self._without_grammars = "they are not ready"
+        self._long = asyncio.Lock()
+        self._waiting = 0
 
     def prepare_grammars(self) -> None:
         """What schemas and tools need; without it, requests that ask for them are refused."""
@@ -147,6 +153,13 @@ class Model:
         self._check_count(len(prompts) * (request.n or 1), "prompt")
         if request.best_of not in (None, 1, request.n):
             raise ApiError(400, "best_of: expected to equal n", param="best_of")
+        if request.echo and request.logprobs is not None:
+            raise ApiError(
+                400,
+                "logprobs: not supported beside echo: the prompt's are not known",
+                param="logprobs",
+                code="unsupported_parameter",
+            )
         size = sum(map(len, prompts))
         encode = self.tokenizer.encode
         ids = await self._run(size, lambda: [encode(p) if _is_text(p) else p for p in prompts])
@@ -224,9 +237,22 @@ class Model:
     async def _run(self, size: int, work: Callable[..., Any], *args: Any) -> Any:
         """Long texts go to a thread, so that nobody else's tokens wait for them."""
         try:
-            return work(*args) if size <= INLINE else await asyncio.to_thread(work, *args)
+            if size <= INLINE:
+                return work(*args)
+            if size <= LONG:
+                return await asyncio.to_thread(work, *args)
+            if self._waiting >= MAX_WAITING:
+                raise ApiError(429, "too many long texts at once", retry_after=1)
+            self._waiting += 1
+            try:
+                async with self._long:
+                    return await asyncio.to_thread(_and_release, work, *args)
+            finally:
+                self._waiting -= 1
         except TokenizerError as error:
             raise ApiError(400, _without_path(error, self.path)) from error
+        except RecursionError as error:
+            raise ApiError(400, "the request is nested too deeply") from error
 
     # ---- parameters ----
 
@@ -267,7 +293,7 @@ class Model:
             )
 
     def _check_count(self, count: int, name: str) -> None:
-        most = self.config.max_choices
+        most = self.max_choices
         if count > most:
             raise ApiError(
                 400, f"{name}: {count} answers asked, at most {most} allowed", param=name
@@ -388,6 +414,16 @@ def _unsupported(name: str) -> ApiError:
 
 def _either(request: ChatRequest) -> int | None:
     return request.max_completion_tokens or request.max_tokens
+
+
+def _and_release(work: Callable[..., Any], *args: Any) -> Any:
+    """Calls, and has the C library give back what it keeps: after a long text, gigabytes."""
+    try:
+        return work(*args)
+    finally:
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            trim(0)
 
 
 def _is_text(prompt: object) -> bool:

@@ -120,7 +120,9 @@ class _Protocol(HttpToolsProtocol):
         self._stop_timer()
         if self.transport.is_closing():
             return
-        if any(not c.response_complete for c in self._cycles):
+        busy = [c for c in self._cycles if not c.response_complete]
+        is_own = busy == [self.cycle] and self.cycle.more_body and not self.cycle.response_started
+        if busy and not is_own:  # else it is the body of this very request that is broken
             self.transport.abort()  # amid another answer there is no place for this one
             return
         body = ApiError(status, message).json()

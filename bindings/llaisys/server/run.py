@@ -13,6 +13,7 @@ import contextlib
 import errno
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
@@ -47,6 +48,8 @@ def serve(config: Config, begun: float | None = None) -> None:
     begun: when the program began, in seconds of time.perf_counter, for the start-up breakdown.
     """
     begun = time.perf_counter() if begun is None else begun
+    # one text at a time is no faster with the tokenizer's threads, as many as there are cores
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     clock = _Clock(begun)
     clock.lap("imports")
     listener = _bind(config.host, config.port)
@@ -160,6 +163,8 @@ class _Runner:
         self.clock.lap("schemas")
         meta = engine.meta
         model.max_seq, model.vocab = meta.maxseq, meta.voc
+        stats = engine.stats()  # more at once would be refused for ever, with a 429 at that
+        model.max_choices = min(config.max_choices, stats["max_seqs"] + stats["max_queue"])
         if self._told.is_set():
             return engine
         server.metrics.model = model.name

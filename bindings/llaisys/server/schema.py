@@ -55,7 +55,7 @@ class ToolCall(_Model):
 
 class Message(_Model):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart | OtherPart] | None = None
+    content: str | Annotated[list[TextPart | OtherPart], Field(fail_fast=True)] | None = None
     name: str | None = None
     reasoning_content: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
@@ -197,13 +197,20 @@ def parse(kind: type[Parsed], body: bytes) -> Parsed:
 
 def _explain(errors: list[ErrorDetails]) -> ApiError:
     if errors[0]["type"] == "json_invalid":
-        return ApiError(400, f"the body is not valid JSON: {errors[0]['msg'][:200]}")
+        why = errors[0]["msg"].removeprefix("Invalid JSON: ")
+        return ApiError(400, f"the body is not valid JSON: {why[:200]}")
     # of a union, which says why each of its kinds does not fit, the one that went deepest
-    error = max(errors, key=lambda e: len([part for part in e["loc"] if isinstance(part, int)]))
+    error = max(errors, key=_depth)
     name = _name(error["loc"])
     found = "" if error["type"] == "missing" else f", found {_show(error['input'])}"
     where = name or "the body"
     return ApiError(400, f"{where}: {error['msg']}{found}", param=name or None)
+
+
+def _depth(error: ErrorDetails) -> tuple[int, bool]:
+    """Places in lists, then whether the kind was right at least."""
+    places = [part for part in error["loc"] if isinstance(part, int)]
+    return len(places), not error["type"].endswith("_type")
 
 
 def _name(loc: tuple[int | str, ...]) -> str:
