@@ -154,48 +154,66 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
         if (high < length) places.y = place(high);
         return places;
     };
-    /* Asks for tokens [from, to) of a split; from token `left` on they are zeros. */
-    const auto request = [&](uint2 places, unsigned left, unsigned from, unsigned to) {
+    /* Asks for a token of a split, in units of 16 bytes, or for zeros. */
+    const auto request_token = [&](uint32_t row, unsigned token, bool is_valid) {
         const unsigned unit = lane % UNITS;
+        const size_t at = (size_t)row * DIM + unit * 8;
+        const uint32_t to_unit = (token * UNITS + (unit ^ (token & 7))) * 16;
+        cp_async_16(keys + to_unit, (const T *)a.k_cache + at, is_valid);
+        cp_async_16(values + to_unit, (const T *)a.v_cache + at, is_valid);
+    };
+    /* Asks for the first `there` tokens of a split that has so many valid ones, and for zeros behind these. */
+    const auto request = [&](uint2 places, unsigned there, unsigned valid) {
 #pragma unroll
         for (unsigned half = 0; half < 2; half++)
 #pragma unroll 8
             for (unsigned i = 0; i < 32; i += TOKENS) {
                 const unsigned in_half = i + lane / UNITS, token = half * 32 + in_half;
                 const uint32_t row = __shfl_sync(~0u, half ? places.y : places.x, in_half);
-                if (token < from || token >= to) continue;
-                const size_t at = (size_t)row * DIM + unit * 8;
-                const uint32_t to_unit = (token * UNITS + (unit ^ (token & 7))) * 16;
-                cp_async_16(keys + to_unit, (const T *)a.k_cache + at, token < left);
-                cp_async_16(values + to_unit, (const T *)a.v_cache + at, token < left);
+                if (token < there || token >= valid) request_token(row, token, token < valid);
             }
     };
+    /* The row's query heads, as attend_warp() wants them. */
+    uint2 q[DIM / 16];
+    const auto load_q = [&](const Job &of) {
+        const uint32_t *from = reinterpret_cast<const uint32_t *>(
+            (const T *)a.q + ((size_t)of.row * a.nhead + of.head0 + min(lane / 4, of.heads - 1)) * DIM);
+#pragma unroll
+        for (int k = 0; k < DIM / 16; k++) q[k] = make_uint2(from[8 * k + lane % 4], from[8 * k + 4 + lane % 4]);
+    };
 
-    /* Step inputs were there before the step's first kernel began, and so were keys and values of earlier steps. */
+    /* Step inputs were there before the step's first kernel began, and so were keys and values of earlier steps. What
+     * follows the wait is on the step's critical path: q and the tokens of this step, often one, in one go. */
     jobs.cut(total, W);
     unsigned item = blockIdx.x;
     Job job = jobs.find(item);
     if (!job.heads) return;
+    uint2 first_places = make_uint2(0, 0);
+    unsigned staged = 0, valid = 0; /* tokens of the warp's first split */
     if (job.first + warp < job.last) {
         const unsigned split = job.first + warp, start = split * SPLIT;
         const unsigned old = jobs.words ? job.length - 1 : (unsigned)first_new(a.positions, a.row_seq, job.row);
-        const unsigned staged = old <= start ? 0 : min(old - start, (unsigned)SPLIT);
-        const uint2 places = find_places(job.table, job.kvhead, job.length, split);
-        request(places, job.length - start, 0, staged);
-        pdl_wait();
-        request(places, job.length - start, staged, SPLIT);
-    } else {
-        pdl_wait();
+        valid = min(job.length - start, (unsigned)SPLIT);
+        staged = old <= start ? 0 : min(old - start, valid);
+        first_places = find_places(job.table, job.kvhead, job.length, split);
+        request(first_places, staged, valid);
     }
-    note(a.trace, LLA_BLOCK_FREE);
-
-    while (job.heads) {
-        const Job next = jobs.find(item += gridDim.x);
-        uint2 q[DIM / 16];
-        const uint32_t *from = reinterpret_cast<const uint32_t *>(
-            (const T *)a.q + ((size_t)job.row * a.nhead + job.head0 + min(lane / 4, job.heads - 1)) * DIM);
-#pragma unroll
-        for (int k = 0; k < DIM / 16; k++) q[k] = make_uint2(from[8 * k + lane % 4], from[8 * k + 4 + lane % 4]);
+    bool is_free = false; /* the kernels before have finished */
+    for (Job next; job.heads; job = next) {
+        next = jobs.find(item += gridDim.x);
+        if (!is_free) {
+            pdl_wait();
+            note(a.trace, LLA_BLOCK_FREE);
+            load_q(job);
+#pragma unroll 1
+            for (unsigned i = staged; i < valid; i += TOKENS) {
+                const unsigned token = i + lane / UNITS;
+                const uint32_t low = __shfl_sync(~0u, first_places.x, token),
+                               high = __shfl_sync(~0u, first_places.y, token);
+                if (token < valid) request_token(token < 32 ? low : high, token, true);
+            }
+            is_free = true;
+        }
 
         Merged merged[PER];
         bool is_asked = false; /* this warp's place is the next job's already */
@@ -218,7 +236,10 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
                                            scale);
                 __syncwarp();
             }
-            if (asks) request(places, length - then * SPLIT, 0, SPLIT);
+            if (asks) {
+                const unsigned tokens = min(length - then * SPLIT, (unsigned)SPLIT);
+                request(places, tokens, tokens);
+            }
             is_asked = is_asked || (asks && !stays);
 
             rows_barrier<W>(); /* nobody reads the results before */
@@ -256,6 +277,7 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
                     }
                 }
         }
+        if (next.heads) load_q(next);
 
 #pragma unroll
         for (unsigned j = 0; j < PER; j++) {
@@ -311,7 +333,6 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
                 }
             }
         }
-        job = next;
     }
     note(a.trace, LLA_BLOCK_ENDED);
 }
