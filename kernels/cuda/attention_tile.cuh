@@ -4,8 +4,8 @@
  *   S^T [tokens, heads] = K q^T, summed over head_dim in order;  s = S log2(e) / sqrt(head_dim)
  *   m = max s;  p = round(2^(s - m));  o^T [head_dim, heads] = V^T p^T, l = sum of p, both summed over tokens in order
  *
- * Keys and values are the 16-row operand, the (up to eight) query heads the eight columns. Splits are merged in order,
- * weighted by Weighting. The order of every sum is set by the split alone, so that whoever computes a row, a decode
+ * Keys and values are the 16-row operand, the (up to eight) query heads the eight columns. Splits are merged in order
+ * (merged). The order of every sum is set by the split alone, so that whoever computes a row, a decode
  * step or a prompt's chunk, gets the same bits. */
 #ifndef LLA_ATTENTION_TILE_CUH
 #define LLA_ATTENTION_TILE_CUH
@@ -19,18 +19,11 @@ static inline float attention_scale(size_t head_dim) {
     return 1.4426950408889634f / sqrtf((float)head_dim);
 }
 
-/* 2^(s - m) weights of both splits in the merged sum. */
-struct Weighting {
-    float top, old, add;
-    __device__ __forceinline__ Weighting(float m, float next) {
-        top = fmaxf(m, next);
-        old = exp2_fast(m - top);
-        add = exp2_fast(next - top);
-    }
-    __device__ __forceinline__ float merged(float sum, float next) const {
-        return __fmaf_rn(sum, old, __fmul_rn(next, add));
-    }
-};
+/* A sum over the splits so far takes in the next one's: their weights are 2^(m - top), with the maxima m of each, and
+ * top the larger one. */
+__device__ __forceinline__ float merged(float sum, float old, float next, float add) {
+    return __fmaf_rn(sum, old, __fmul_rn(next, add));
+}
 
 /* What a lane holds of a split: heads 2t and 2t + 1 of dimensions 16 d + g (o[d][0], o[d][1]) and 8 more (o[d][2],
  * o[d][3]); g = lane / 4, t = lane % 4. */

@@ -119,15 +119,11 @@ struct Jobs {
 struct Merged {
     float2 o;
     float m, l;
-    __device__ __forceinline__ void take(const float2 &po, float pm, float pl, bool is_first) {
-        if (is_first) { /* as it is: a merge with nothing would turn -0 to 0 */
-            *this = Merged{po, pm, pl};
-            return;
-        }
-        const Weighting w(m, pm);
-        o = make_float2(w.merged(o.x, po.x), w.merged(o.y, po.y));
-        l = w.merged(l, pl);
-        m = w.top;
+    __device__ __forceinline__ void take(const float2 &po, float pm, float pl) {
+        const float top = fmaxf(m, pm), old = exp2_fast(m - top), add = exp2_fast(pm - top);
+        o = make_float2(merged(o.x, old, po.x, add), merged(o.y, old, po.y, add));
+        l = merged(l, old, pl, add);
+        m = top;
     }
 };
 
@@ -138,6 +134,7 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
     constexpr unsigned UNITS = DIM / 8, TOKENS = 32 / UNITS; /* of a pass: tokens that a warp copies at once */
     constexpr unsigned PAIRS = DIM / 2, PER = (HEADS * PAIRS + 32 * W - 1) / (32 * W);
     static_assert(SPLIT == 64 && PAIRS % 32 == 0, "two places a lane; a warp merges pairs of one head");
+    static_assert(PER * W <= 32, "a lane has the weights of one head and split");
     auto &s = *reinterpret_cast<RowsMemory<T, DIM, W> *>(smem);
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, kv_block = (unsigned)a.kv_block;
     const uint32_t keys = shared_address(s.keys[warp]), values = shared_address(s.values[warp]);
@@ -198,7 +195,8 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
         first_places = find_places(job.table, job.kvhead, job.length, split);
         request(first_places, staged, valid);
     }
-    bool is_free = false; /* the kernels before have finished */
+    bool is_free = false;     /* the kernels before have finished */
+    bool has_results = false; /* the warps' have been read */
     for (Job next; job.heads; job = next) {
         next = jobs.find(item += gridDim.x);
         if (!is_free) {
@@ -215,7 +213,11 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
             is_free = true;
         }
 
-        Merged merged[PER];
+        /* Sums begin at -0, which leaves the first split's as it is. `top`: the maximum of the lane's head. */
+        float2 o[PER];
+        float l[PER], top = -INFINITY;
+#pragma unroll
+        for (unsigned j = 0; j < PER; j++) o[j] = make_float2(-0.0f, -0.0f), l[j] = -0.0f;
         bool is_asked = false; /* this warp's place is the next job's already */
         for (unsigned base = job.first; base < job.last; base += W) {
             const unsigned split = base + warp;
@@ -242,7 +244,8 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
             }
             is_asked = is_asked || (asks && !stays);
 
-            rows_barrier<W>(); /* nobody reads the results before */
+            if (has_results) rows_barrier<W>(); /* nobody reads those before */
+            has_results = true;
             if (split < job.last) {
                 SplitResult<DIM> &to = s.result[warp];
                 const unsigned g = lane / 4, t2 = lane % 4 * 2;
@@ -261,36 +264,55 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
             }
             rows_barrier<W>();
             const unsigned count = min(job.last - base, (unsigned)W);
-            for (unsigned i = 0; i < count; i++)
+            /* Weights depend on the maxima alone: a lane computes one split's for one of the warp's heads. */
+            const unsigned mine = lane / W, at = lane % W, its_head = (warp * 32 + mine * (32 * W)) / PAIRS;
+            const float next_m =
+                mine < PER && its_head < job.heads && at < count ? s.result[at].m[its_head] : -INFINITY;
+            float upto = next_m;
+#pragma unroll
+            for (unsigned i = 1; i < W; i *= 2) {
+                const float other = __shfl_up_sync(~0u, upto, i);
+                if (at >= i) upto = fmaxf(upto, other);
+            }
+            const float other = __shfl_up_sync(~0u, upto, 1), before = at ? fmaxf(top, other) : top;
+            upto = fmaxf(top, upto);
+            const float old = exp2_fast(before - upto), add = exp2_fast(next_m - upto);
+            top = __shfl_sync(~0u, upto, mine * W + W - 1);
+#pragma unroll
+            for (unsigned i = 0; i < W; i++) {
+                if (i >= count) break;
+                const SplitResult<DIM> &r = s.result[i];
 #pragma unroll
                 for (unsigned j = 0; j < PER; j++) {
                     const unsigned pair = threadIdx.x + j * (32 * W), head = pair / PAIRS, d = pair % PAIRS * 2;
                     if (head >= job.heads) continue;
-                    const SplitResult<DIM> &r = s.result[i];
-                    const float2 o = *reinterpret_cast<const float2 *>(&r.o[head][d]);
+                    const float2 po = *reinterpret_cast<const float2 *>(&r.o[head][d]);
                     if (job.first == 0) {
-                        merged[j].take(o, r.m[head], r.l[head], base + i == 0);
+                        const float keep = __shfl_sync(~0u, old, j * W + i), take = __shfl_sync(~0u, add, j * W + i);
+                        o[j] = make_float2(merged(o[j].x, keep, po.x, take), merged(o[j].y, keep, po.y, take));
+                        l[j] = merged(l[j], keep, r.l[head], take);
                     } else {
                         float *to = a.partial + ((job.slot + base + i) * a.nhead + job.head0 + head) * (DIM + 2);
-                        *reinterpret_cast<float2 *>(to + d) = o;
+                        *reinterpret_cast<float2 *>(to + d) = po;
                         if (d == 0) *reinterpret_cast<float2 *>(to + DIM) = make_float2(r.m[head], r.l[head]);
                     }
                 }
+            }
         }
         if (next.heads) load_q(next);
 
 #pragma unroll
         for (unsigned j = 0; j < PER; j++) {
             const unsigned pair = threadIdx.x + j * (32 * W), head = pair / PAIRS, d = pair % PAIRS * 2;
+            const float m = __shfl_sync(~0u, top, j * W);
             if (head >= job.heads || job.first) continue;
-            const Merged &sum = merged[j];
             if (job.runs == 1) {
                 T *out = (T *)a.out + ((size_t)job.row * a.nhead + job.head0 + head) * DIM + d;
-                *reinterpret_cast<uint32_t *>(out) = pack_pair<T>(sum.o.x / sum.l, sum.o.y / sum.l);
+                *reinterpret_cast<uint32_t *>(out) = pack_pair<T>(o[j].x / l[j], o[j].y / l[j]);
             } else {
                 float *to = a.partial + ((size_t)job.slot * a.nhead + job.head0 + head) * (DIM + 2);
-                *reinterpret_cast<float2 *>(to + d) = sum.o;
-                if (d == 0) *reinterpret_cast<float2 *>(to + DIM) = make_float2(sum.m, sum.l);
+                *reinterpret_cast<float2 *>(to + d) = o[j];
+                if (d == 0) *reinterpret_cast<float2 *>(to + DIM) = make_float2(m, l[j]);
             }
         }
         if (job.runs > 1) {
@@ -322,11 +344,11 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
 #pragma unroll
                         for (unsigned i = 0; i < AHEAD; i++, at += stride) some[i] = load();
 #pragma unroll
-                        for (unsigned i = 0; i < AHEAD; i++) sum.take(some[i].o, some[i].m, some[i].l, false);
+                        for (unsigned i = 0; i < AHEAD; i++) sum.take(some[i].o, some[i].m, some[i].l);
                     }
                     for (; split < splits; split++, at += stride) {
                         const Merged one = load();
-                        sum.take(one.o, one.m, one.l, false);
+                        sum.take(one.o, one.m, one.l);
                     }
                     *reinterpret_cast<uint32_t *>((T *)a.out + ((size_t)job.row * a.nhead + head) * DIM + d) =
                         pack_pair<T>(sum.o.x / sum.l, sum.o.y / sum.l);
