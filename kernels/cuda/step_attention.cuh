@@ -9,7 +9,7 @@ struct Attention {
     const int32_t *positions, *row_seq, *table;
     const void *q, *k_cache, *v_cache;
     void *out;
-    float *partial;   /* [max_splits, nhead, dim + 2]: output, maximum, sum */
+    float *partial;   /* [max_splits, nhead, dim + 2]: output, maximum, sum of a split; each kernel's own order */
     int32_t *arrived; /* [max_rows, nkvhead], zero between steps */
     size_t nhead, nkvhead, dim, kv_block, max_blocks, max_splits;
     lla_block_times *trace;

@@ -6,9 +6,12 @@
  * results meet in shared memory, where all threads merge them in order. So what a warp waits for is its own memory, and
  * a block has up to W splits on their way.
  *
- * A row that is cut has its splits' results in `partial`: the first run's merged in one slot, behind it those of each
- * other split, since only a merge from the first split on has the bits of an uncut row. The last block to arrive merges
- * them. */
+ * Only a merge from the first split on has the bits of an uncut row, so warps write the results of a cut row's splits
+ * to `partial` as they are. When a block has computed all its jobs, it waits until all of the row's runs are there, and
+ * merges its slice of the row's dimensions, of all splits. It waits for blocks that may still have to begin: they all
+ * fit on the GPU at once, since launches ask for no more, and blocks of the next kernel begin only when all of this one
+ * have. Should they not fit after all, because somebody else has part of the GPU, a block gives up after a while, and
+ * those that come later merge all of the row. */
 #ifndef LLA_STEP_ATTENTION_ROWS_CUH
 #define LLA_STEP_ATTENTION_ROWS_CUH
 
@@ -24,7 +27,7 @@ template <int DIM> struct SplitResult {
 template <class T, int DIM, int W> struct RowsMemory {
     uint4 keys[W][SPLIT * DIM / 8], values[W][SPLIT * DIM / 8];
     SplitResult<DIM> result[W];
-    unsigned is_last;
+    unsigned share; /* of a row's merge: a Share */
 };
 
 /* The barrier of the first W warps. */
@@ -35,8 +38,9 @@ template <int W> __device__ __forceinline__ void rows_barrier() {
 /* Some splits of a row for up to eight query heads of one KV head. */
 struct Job {
     unsigned row, kvhead, head0, heads;
-    unsigned first, last, runs; /* splits; runs that the row is cut into */
-    unsigned length, slot;      /* tokens; the row's first slot in `partial` */
+    unsigned first, last;  /* splits */
+    unsigned run, runs;    /* of those that the row is cut into */
+    unsigned length, slot; /* tokens; the row's first slot in `partial` */
     const int32_t *table;
 };
 
@@ -85,6 +89,12 @@ struct Jobs {
         const unsigned share = (total * per_run + gridDim.x - 1) / gridDim.x;
         run = total > a.max_splits ? 0x40000000u : share > least ? share : least;
     }
+    __device__ __forceinline__ void take_heads(Job &job, unsigned chunk) const {
+        job.head0 = job.kvhead * group + chunk * HEADS;
+        job.heads = min(group - chunk * HEADS, (unsigned)HEADS);
+    }
+    /* Goes back to the first job. */
+    __device__ __forceinline__ void rewind() { base = before = before_slots = 0; }
     /* Job `item`, which grows from call to call; heads 0: there is none. */
     __device__ __forceinline__ Job find(unsigned item) {
         Job job = {};
@@ -97,13 +107,13 @@ struct Jobs {
                 const unsigned all = __shfl_sync(~0u, n, from);
                 const unsigned at = item - __shfl_sync(~0u, upto - cuts * per_run, from);
                 job.runs = __shfl_sync(~0u, cuts, from);
+                job.run = at / per_run;
                 job.slot = __shfl_sync(~0u, slots_upto - slots, from);
                 job.row = base + from;
-                job.first = all * (at / per_run) / job.runs;
-                job.last = all * (at / per_run + 1) / job.runs;
+                job.first = all * job.run / job.runs;
+                job.last = all * (job.run + 1) / job.runs;
                 job.kvhead = at % per_run / chunks;
-                job.head0 = job.kvhead * group + at % chunks * HEADS;
-                job.heads = min(group - at % chunks * HEADS, (unsigned)HEADS);
+                take_heads(job, at % chunks);
                 job.length = (unsigned)a.positions[job.row] + 1;
                 job.table = a.table + (size_t)a.row_seq[job.row] * a.max_blocks;
                 break;
@@ -115,17 +125,130 @@ struct Jobs {
     }
 };
 
-/* Two dimensions of a head while splits are merged. */
-struct Merged {
-    float2 o;
-    float m, l;
-    __device__ __forceinline__ void take(const float2 &po, float pm, float pl) {
-        const float top = fmaxf(m, pm), old = exp2_fast(m - top), add = exp2_fast(pm - top);
-        o = make_float2(merged(o.x, old, po.x, add), merged(o.y, old, po.y, add));
-        l = merged(l, old, pl, add);
-        m = top;
+/* ---- rows that are cut ---- */
+
+/* `partial` holds outputs [max_splits, nhead, dim], and behind them maxima and sums [nhead, max_splits]. */
+__device__ __forceinline__ float *partial_output(const Attention &a, unsigned slot, unsigned head) {
+    return a.partial + ((size_t)slot * a.nhead + head) * a.dim;
+}
+__device__ __forceinline__ float2 *partial_sums(const Attention &a, unsigned slot, unsigned head) {
+    return reinterpret_cast<float2 *>(a.partial + a.max_splits * a.nhead * a.dim) + head * a.max_splits + slot;
+}
+
+/* What `arrived` counts for a row and KV head: warps that have written all that they have of it; jobs whose blocks need
+ * not wait any more; and whether one of them gave up. The last job to leave sets it to zero. */
+enum : unsigned { ARRIVED = 1, LEFT = 1u << 16, GAVE_UP = 1u << 31 };
+enum { PATIENCE = 4096 /* polls, of about half a microsecond */ };
+enum Share : unsigned { SHARE_NOTHING, SHARE_SLICE, SHARE_ALL };
+
+__device__ __forceinline__ unsigned *counter_of(const Attention &a, const Job &job) {
+    return reinterpret_cast<unsigned *>(&a.arrived[(size_t)job.row * a.nkvhead + job.kvhead]);
+}
+
+/* Waits until so many warps have arrived, and says what the block then has to merge. Who gives up has said so before
+ * the last one arrived, so that all that still wait know it. */
+__device__ __forceinline__ Share wait_for_row(unsigned *counter, unsigned warps) {
+    for (unsigned polls = 0;; polls++) {
+        const unsigned seen =
+            polls < PATIENCE ? *const_cast<volatile unsigned *>(counter) : atomicOr(counter, (unsigned)GAVE_UP);
+        if (seen % LEFT == warps) return seen & GAVE_UP ? SHARE_ALL : SHARE_SLICE;
+        if (polls == PATIENCE) return SHARE_NOTHING;
     }
-};
+}
+
+/* Merges all splits of the job's row and writes the output, for a run's share of the dimensions of the job's heads,
+ * four by four. All threads of the first W warps call it. A thread has one dimension, the last warp's lanes the sum of
+ * a head each. */
+template <class T, int DIM, int W>
+__device__ __forceinline__ void merge_slice(const Attention &a, RowsMemory<T, DIM, W> &s, const Job &job,
+                                            unsigned run) {
+    constexpr unsigned QUADS = DIM / 4, MOST = 8 * (W - 1) /* quads at once */, BATCH = 504, ROUNDS = 16, AHEAD = 8;
+    constexpr unsigned MOST_HEADS = (MOST - 2) / QUADS + 2;
+    static_assert(MOST_HEADS <= W && sizeof s.values >= MOST_HEADS * 32 * ROUNDS * sizeof(float4), "a warp a head");
+    static_assert(BATCH + AHEAD <= 32 * ROUNDS, "a warp's loads are all under way at once");
+    auto *const weights = reinterpret_cast<float4(*)[32 * ROUNDS]>(s.values); /* [heads]: old, add; sum, maximum */
+    auto *const outputs = reinterpret_cast<float *>(s.keys);                  /* [splits, 4 quads] */
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, splits = (job.length - 1) / SPLIT + 1;
+    unsigned first = job.heads * QUADS * run / job.runs;
+    const unsigned last = job.heads * QUADS * (run + 1) / job.runs;
+    for (; first < last; first += MOST) {
+        const unsigned quads = min(last - first, MOST), head0 = first / QUADS, width = 4 * quads;
+        const unsigned heads = (first + quads - 1) / QUADS + 1 - head0;
+        const unsigned batch = min(BATCH, (unsigned)(sizeof s.keys / (width * sizeof(float))) - AHEAD);
+        const bool has_sum = warp == W - 1, has_any = has_sum ? lane < heads : threadIdx.x < width;
+        const unsigned head = !has_any ? 0 : has_sum ? lane : (first + threadIdx.x / 4) / QUADS - head0;
+        const float *const values = has_sum ? &weights[head][0].z : outputs + threadIdx.x;
+        const unsigned stride = has_sum ? 4 : width;
+        const unsigned copies = 32 * W / quads, quad = first + threadIdx.x % quads; /* splits copied at once */
+        float sum = -0.0f, top = -INFINITY; /* -0 leaves the first split's value as it is */
+        for (unsigned base = 0; base < splits; base += batch) {
+            const unsigned n = min(splits - base, batch);
+            rows_barrier<W>(); /* nobody reads the memory any more */
+            if (threadIdx.x < copies * quads) {
+                const float *from = partial_output(a, job.slot + base, job.head0 + quad / QUADS) + quad % QUADS * 4;
+                for (unsigned i = threadIdx.x / quads; i < n; i += copies)
+                    cp_async_16(shared_address(outputs) + (i * quads + threadIdx.x % quads) * 16,
+                                from + i * (a.nhead * DIM), true);
+            }
+            cp_async_commit();
+            if (warp < heads) {
+                const float2 *from = partial_sums(a, job.slot + base, job.head0 + head0 + warp);
+                float2 ml[ROUNDS];
+#pragma unroll
+                for (unsigned j = 0; j < ROUNDS; j++)
+                    ml[j] = 32 * j + lane < n ? __ldcg(from + 32 * j + lane) : make_float2(-INFINITY, 0);
+#pragma unroll
+                for (unsigned j = 0; j < ROUNDS; j++)
+                    if (32 * j < n) weights[warp][32 * j + lane] = make_float4(0, 0, ml[j].y, ml[j].x);
+#pragma unroll 2
+                for (unsigned i = lane; i - lane < n; i += 32) {
+                    const float m = weights[warp][i].w;
+                    float upto = m;
+#pragma unroll
+                    for (unsigned o = 1; o < 32; o *= 2) upto = fmaxf(upto, __shfl_up_sync(~0u, upto, o));
+                    const float other = __shfl_up_sync(~0u, upto, 1), before = lane ? fmaxf(top, other) : top;
+                    const float all = __shfl_sync(~0u, upto, 31);
+                    upto = fmaxf(top, upto);
+                    top = fmaxf(top, all);
+                    *reinterpret_cast<float2 *>(&weights[warp][i]) =
+                        make_float2(exp2_fast(before - upto), exp2_fast(m - upto));
+                }
+            }
+            cp_async_wait<0>();
+            rows_barrier<W>();
+            /* Operands are fetched some splits ahead, so that a split takes as long as its multiplication and addition;
+             * those behind the last are not used. */
+            float value[AHEAD];
+            float2 weight[AHEAD];
+            const auto fetch = [&](unsigned j, unsigned i) {
+                value[j] = values[i * stride];
+                weight[j] = *reinterpret_cast<const float2 *>(&weights[head][i]);
+            };
+            if (has_any) {
+#pragma unroll
+                for (unsigned j = 0; j < AHEAD; j++) fetch(j, j);
+                unsigned i = 0;
+                for (; i + AHEAD <= n; i += AHEAD)
+#pragma unroll
+                    for (unsigned j = 0; j < AHEAD; j++) {
+                        sum = merged(sum, weight[j].x, value[j], weight[j].y);
+                        fetch(j, i + AHEAD + j);
+                    }
+#pragma unroll
+                for (unsigned j = 0; j < AHEAD; j++)
+                    if (i + j < n) sum = merged(sum, weight[j].x, value[j], weight[j].y);
+            }
+        }
+        if (has_sum && has_any) s.result[0].l[lane] = sum;
+        rows_barrier<W>();
+        if (!has_sum && has_any) {
+            T *out = (T *)a.out + ((size_t)job.row * a.nhead + job.head0) * DIM + 4 * first + threadIdx.x;
+            *out = from_float<T>(sum / s.result[0].l[head]);
+        }
+    }
+}
+
+/* ---- all of a block's jobs ---- */
 
 /* The first W warps of every block call it; the jobs, of so many splits in all, are shared among the grid's blocks. It
  * waits for the kernels before, unless there is no job for this block. */
@@ -197,6 +320,7 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
     }
     bool is_free = false;     /* the kernels before have finished */
     bool has_results = false; /* the warps' have been read */
+    bool is_cut = false;      /* a row of the block's jobs */
     for (Job next; job.heads; job = next) {
         next = jobs.find(item += gridDim.x);
         if (!is_free) {
@@ -244,11 +368,27 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
             }
             is_asked = is_asked || (asks && !stays);
 
+            const unsigned g = lane / 4, t2 = lane % 4 * 2;
+            if (job.runs > 1) {
+                if (split >= job.last) continue;
+#pragma unroll
+                for (unsigned h = 0; h < 2; h++) {
+                    if (t2 + h >= job.heads) continue;
+                    float *to = partial_output(a, job.slot + split, job.head0 + t2 + h) + g;
+#pragma unroll
+                    for (unsigned d = 0; d < DIM / 16; d++) {
+                        to[16 * d] = part.o[d][h];
+                        to[16 * d + 8] = part.o[d][h + 2];
+                    }
+                    if (g == 0)
+                        *partial_sums(a, job.slot + split, job.head0 + t2 + h) = make_float2(part.m[h], part.l[h]);
+                }
+                continue;
+            }
             if (has_results) rows_barrier<W>(); /* nobody reads those before */
             has_results = true;
             if (split < job.last) {
                 SplitResult<DIM> &to = s.result[warp];
-                const unsigned g = lane / 4, t2 = lane % 4 * 2;
 #pragma unroll
                 for (unsigned h = 0; h < 2; h++) {
 #pragma unroll
@@ -287,73 +427,52 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
                     const unsigned pair = threadIdx.x + j * (32 * W), head = pair / PAIRS, d = pair % PAIRS * 2;
                     if (head >= job.heads) continue;
                     const float2 po = *reinterpret_cast<const float2 *>(&r.o[head][d]);
-                    if (job.first == 0) {
-                        const float keep = __shfl_sync(~0u, old, j * W + i), take = __shfl_sync(~0u, add, j * W + i);
-                        o[j] = make_float2(merged(o[j].x, keep, po.x, take), merged(o[j].y, keep, po.y, take));
-                        l[j] = merged(l[j], keep, r.l[head], take);
-                    } else {
-                        float *to = a.partial + ((job.slot + base + i) * a.nhead + job.head0 + head) * (DIM + 2);
-                        *reinterpret_cast<float2 *>(to + d) = po;
-                        if (d == 0) *reinterpret_cast<float2 *>(to + DIM) = make_float2(r.m[head], r.l[head]);
-                    }
+                    const float keep = __shfl_sync(~0u, old, j * W + i), take = __shfl_sync(~0u, add, j * W + i);
+                    o[j] = make_float2(merged(o[j].x, keep, po.x, take), merged(o[j].y, keep, po.y, take));
+                    l[j] = merged(l[j], keep, r.l[head], take);
                 }
             }
         }
+        if (job.runs > 1) {
+            is_cut = true;
+            __threadfence();
+            __syncwarp();
+            if (lane == 0) atomicAdd(counter_of(a, job), (unsigned)ARRIVED);
+        }
         if (next.heads) load_q(next);
+        if (job.runs > 1) continue;
 
 #pragma unroll
         for (unsigned j = 0; j < PER; j++) {
             const unsigned pair = threadIdx.x + j * (32 * W), head = pair / PAIRS, d = pair % PAIRS * 2;
-            const float m = __shfl_sync(~0u, top, j * W);
-            if (head >= job.heads || job.first) continue;
-            if (job.runs == 1) {
-                T *out = (T *)a.out + ((size_t)job.row * a.nhead + job.head0 + head) * DIM + d;
-                *reinterpret_cast<uint32_t *>(out) = pack_pair<T>(o[j].x / l[j], o[j].y / l[j]);
-            } else {
-                float *to = a.partial + ((size_t)job.slot * a.nhead + job.head0 + head) * (DIM + 2);
-                *reinterpret_cast<float2 *>(to + d) = o[j];
-                if (d == 0) *reinterpret_cast<float2 *>(to + DIM) = make_float2(m, l[j]);
-            }
+            if (head >= job.heads) continue;
+            T *out = (T *)a.out + ((size_t)job.row * a.nhead + job.head0 + head) * DIM + d;
+            *reinterpret_cast<uint32_t *>(out) = pack_pair<T>(o[j].x / l[j], o[j].y / l[j]);
         }
-        if (job.runs > 1) {
-            int32_t *arrived = &a.arrived[(size_t)job.row * a.nkvhead + job.kvhead];
-            __threadfence();
-            rows_barrier<W>();
+    }
+
+    if (is_cut) {
+        jobs.rewind();
+        for (item = blockIdx.x; (job = jobs.find(item)).heads; item += gridDim.x) {
+            if (job.runs == 1) continue;
+            const unsigned parts = job.runs * jobs.chunks;
+            unsigned *counter = counter_of(a, job), before = 0;
+            rows_barrier<W>(); /* nobody reads the share before */
             if (threadIdx.x == 0) {
-                s.is_last = atomicAdd(arrived, 1) == (int32_t)(job.runs * jobs.chunks) - 1;
-                if (s.is_last) *arrived = 0;
+                s.share = wait_for_row(counter, parts * W);
+                before = atomicAdd(counter, (unsigned)LEFT);
             }
             rows_barrier<W>();
             __threadfence();
-            if (s.is_last) {
-                const unsigned splits = (job.length - 1) / SPLIT + 1;
-                const size_t stride = a.nhead * (DIM + 2);
-                for (unsigned pair = threadIdx.x; pair < jobs.group * PAIRS; pair += 32 * W) {
-                    const unsigned d = pair % PAIRS * 2, head = job.kvhead * jobs.group + pair / PAIRS;
-                    const float *at = a.partial + ((size_t)job.slot * a.nhead + head) * (DIM + 2);
-                    const auto load = [&] {
-                        const float2 ml = __ldcg(reinterpret_cast<const float2 *>(at + DIM));
-                        return Merged{__ldcg(reinterpret_cast<const float2 *>(at + d)), ml.x, ml.y};
-                    };
-                    Merged sum = load();
-                    unsigned split = splits / job.runs; /* the second run's first */
-                    at += split * stride;
-                    constexpr unsigned AHEAD = 8;
-                    for (; split + AHEAD <= splits; split += AHEAD) {
-                        Merged some[AHEAD];
-#pragma unroll
-                        for (unsigned i = 0; i < AHEAD; i++, at += stride) some[i] = load();
-#pragma unroll
-                        for (unsigned i = 0; i < AHEAD; i++) sum.take(some[i].o, some[i].m, some[i].l);
-                    }
-                    for (; split < splits; split++, at += stride) {
-                        const Merged one = load();
-                        sum.take(one.o, one.m, one.l);
-                    }
-                    *reinterpret_cast<uint32_t *>((T *)a.out + ((size_t)job.row * a.nhead + head) * DIM + d) =
-                        pack_pair<T>(sum.o.x / sum.l, sum.o.y / sum.l);
+            if (s.share == SHARE_SLICE) {
+                merge_slice(a, s, job, job.run);
+            } else if (s.share == SHARE_ALL) {
+                for (unsigned i = 0; i < parts; i++) {
+                    jobs.take_heads(job, i % jobs.chunks);
+                    merge_slice(a, s, job, i / jobs.chunks);
                 }
             }
+            if (threadIdx.x == 0 && before % GAVE_UP / LEFT == parts - 1) *counter = 0;
         }
     }
     note(a.trace, LLA_BLOCK_ENDED);

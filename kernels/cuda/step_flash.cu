@@ -169,7 +169,10 @@ template <class T, int DIM> lla_status launch_flash(const lla_cuda_ctx *ctx, con
         return launch(ctx, "attention", flash_sm90_kernel<T, DIM>, dim3((unsigned)sms), FLASH_SM90_THREADS,
                       FLASH_SM90_SMEM<T, DIM> + survey, by_row, a);
     static_assert(sizeof(RowsMemory<T, DIM, FLASH_ROW_WARPS>) <= FLASH_SMEM<DIM>, "single rows fit where tiles do");
-    return launch(ctx, "attention", flash_kernel<T, DIM>, dim3((unsigned)(2 * sms)), FLASH_THREADS,
+    /* Single rows that are cut want all blocks on the GPU at once: two on an SM where its memory is large enough, each
+     * with 1 KB for CUDA itself. */
+    const size_t resident = 2 * (FLASH_SMEM<DIM> + survey + 1024) <= ctx->max_smem + 1024 ? 2 : 1;
+    return launch(ctx, "attention", flash_kernel<T, DIM>, dim3((unsigned)(resident * sms)), FLASH_THREADS,
                   FLASH_SMEM<DIM> + survey, by_row, a);
 }
 

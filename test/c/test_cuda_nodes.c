@@ -325,7 +325,8 @@ TEST(nodes_of_the_smallest_and_largest_kv_blocks) {
 /* Attention over more than 64 splits of 64 tokens. */
 static void compare_long(struct lla_spec spec) {
     static const struct sequence one[] = {{4800, 1}}, three[] = {{4095, 1}, {10, 1}, {4096, 1}},
-                                 mixed[] = {{4500, 20}, {100, 1}}, chunk[] = {{4700, 70}};
+                                 mixed[] = {{4500, 20}, {100, 1}}, chunk[] = {{4700, 70}},
+                                 among[] = {{60, 90}, {4400, 1}, {300, 1}};
     struct pair p;
     const struct lla_limits limits = {
         .max_seq = 5000, .max_seqs = 3, .kv_tokens = 9600, .kv_block = 32, .prefill_chunk = 128};
@@ -336,6 +337,7 @@ static void compare_long(struct lla_spec spec) {
     compare(&p, three, 3, bound);
     compare(&p, mixed, 2, bound);
     compare(&p, chunk, 1, bound);
+    compare(&p, among, 3, bound);
     unmake(&p);
 }
 
@@ -344,6 +346,26 @@ TEST(nodes_of_a_long_context) {
     compare_long(shape(LLAISYS_DTYPE_BF16, 256, 12, 2, 128, 512, 300, true));
     compare_long(shape(LLAISYS_DTYPE_F16, 128, 14, 1, 64, 328, 300, true));
     compare_long(shape(LLAISYS_DTYPE_F32, 72, 3, 1, 24, 101, 77, true));
+}
+
+/* Attention over more splits than a block merges at once (504), and a short row beside. */
+static void compare_very_long(struct lla_spec spec) {
+    static const struct sequence two[] = {{33000, 1}, {700, 1}};
+    struct pair p;
+    const struct lla_limits limits = {
+        .max_seq = 33024, .max_seqs = 2, .kv_tokens = 34048, .kv_block = 32, .prefill_chunk = 32};
+    spec.nlayer = 1;
+    spec.max_position = 40000;
+    if (!make_with(&p, &spec, limits)) return;
+    compare(&p, two, 1, bound_of(spec.dtype));
+    compare(&p, two, 2, bound_of(spec.dtype));
+    unmake(&p);
+}
+
+TEST(nodes_of_a_very_long_context) {
+    need_gpu();
+    compare_very_long(shape(LLAISYS_DTYPE_BF16, 128, 6, 1, 128, 256, 300, true));
+    compare_very_long(shape(LLAISYS_DTYPE_F16, 128, 18, 2, 64, 256, 300, true));
 }
 
 /* Every kernel of the step, on small shapes. */
