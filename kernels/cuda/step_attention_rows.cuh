@@ -464,13 +464,14 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
             }
             rows_barrier<W>();
             __threadfence();
-            if (s.share == SHARE_SLICE) {
-                merge_slice(a, s, job, job.run);
-            } else if (s.share == SHARE_ALL) {
-                for (unsigned i = 0; i < parts; i++) {
-                    jobs.take_heads(job, i % jobs.chunks);
-                    merge_slice(a, s, job, i / jobs.chunks);
-                }
+            const unsigned part = job.run * jobs.chunks + (job.head0 - job.kvhead * jobs.group) / HEADS;
+            const unsigned begin = s.share == SHARE_ALL ? 0 : part, end = s.share == SHARE_ALL     ? parts
+                                                                          : s.share == SHARE_SLICE ? part + 1
+                                                                                                   : part;
+#pragma unroll 1
+            for (unsigned i = begin; i < end; i++) {
+                jobs.take_heads(job, i % jobs.chunks);
+                merge_slice(a, s, job, i / jobs.chunks);
             }
             if (threadIdx.x == 0 && before % GAVE_UP / LEFT == parts - 1) *counter = 0;
         }
