@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(32 * W, 32 / W) linear_kernel(const Linear a) 
     if (NORM) { /* of one row by every warp for itself, so that none waits for another; of more by a warp a row */
 #pragma unroll 1
         for (unsigned r = rows == 1 ? 0 : warp; r < rows; r += W) {
-            scale = norm_scale<T>((const T *)a.x + source(a, first + r) * a.k, (unsigned)a.k, a.eps, lane);
+            scale = norm_scale<T, true>((const T *)a.x + source(a, first + r) * a.k, (unsigned)a.k, a.eps, lane);
             if (lane == 0 && rows > 1) scales[r] = scale;
         }
         if (rows > 1) __syncthreads();

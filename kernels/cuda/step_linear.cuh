@@ -33,24 +33,28 @@ __device__ __forceinline__ size_t source(const Linear &a, size_t r) {
 }
 
 /* staged [rows, pitch] = norm of rows first .. first + rows of x; one warp a row, or all warps the same row where there
- * is one: a row's sum is always one warp's. */
-template <class T, int W>
-__device__ void stage_norm(const Linear &a, size_t first, size_t rows, T *staged, size_t pitch, int warp, int lane) {
-    constexpr int UNIT = 16 / sizeof(T); /* elements of a 16-byte load */
-    const bool shared_row = rows == 1, wide = a.k % UNIT == 0;
-    const int place = shared_row ? threadIdx.x : lane, places = shared_row ? 32 * W : 32;
-    for (size_t r = shared_row ? 0 : warp; r < rows; r += W) {
-        const T *x = (const T *)a.x + source(a, first + r) * a.k, *norm = (const T *)a.norm;
+ * is one: a row's sum is always one warp's. IS_WIDE: k is whole units of 16 bytes. */
+template <class T, int W, bool IS_WIDE>
+__device__ __forceinline__ void stage_norm(const Linear &a, unsigned first, unsigned rows, T *staged, unsigned pitch,
+                                           unsigned warp, unsigned lane) {
+    constexpr unsigned UNIT = 16 / sizeof(T); /* elements of a 16-byte load */
+    const bool shared_row = rows == 1;
+    const unsigned place = shared_row ? threadIdx.x : lane, places = shared_row ? 32 * W : 32, k = (unsigned)a.k;
+#pragma unroll 1
+    for (unsigned r = shared_row ? 0 : warp; r < rows; r += W) {
+        const T *x = (const T *)a.x + source(a, first + r) * k, *norm = (const T *)a.norm;
         T *to = staged + r * pitch;
-        const float scale = norm_scale<T>(x, a.k, a.eps, lane);
-        if (wide) {
-            for (size_t i = place; i < a.k / UNIT; i += places) /* x comes from the first-level cache now */
+        const float scale = norm_scale<T, IS_WIDE>(x, k, a.eps, lane);
+        if (IS_WIDE || k % UNIT == 0) {
+#pragma unroll 1
+            for (unsigned i = place; i < k / UNIT; i += places) /* x comes from the first-level cache now */
                 reinterpret_cast<uint4 *>(to)[i] = normed_unit<T>(reinterpret_cast<const uint4 *>(x)[i],
                                                                   reinterpret_cast<const uint4 *>(norm)[i], scale);
-            for (size_t i = a.k + place; i < pitch; i += places) to[i] = from_float<T>(0.0f);
+#pragma unroll 1
+            for (unsigned i = k + place; i < pitch; i += places) to[i] = from_float<T>(0.0f);
         } else {
-            for (size_t i = place; i < pitch; i += places)
-                to[i] = i < a.k ? normed<T>(x[i], norm[i], scale) : from_float<T>(0.0f);
+            for (unsigned i = place; i < pitch; i += places)
+                to[i] = i < k ? normed<T>(x[i], norm[i], scale) : from_float<T>(0.0f);
         }
     }
 }

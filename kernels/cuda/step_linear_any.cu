@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(32 * W, W == 8 ? 2 : 1) linear_kernel(const Li
     if (!rows) return;
     if (STAGED) {
         if (a.norm)
-            stage_norm<T, W>(a, first, rows, staged, pitch, warp, lane);
+            stage_norm<T, W, false>(a, first, rows, staged, pitch, warp, lane);
         else
             stage_plain<T, W>(a, first, rows, staged, pitch);
         __syncthreads();

@@ -38,13 +38,14 @@ struct Shape {
 
 /* normed = norm of x, a block a row. */
 template <class T> __global__ void __launch_bounds__(THREADS) norm_kernel(const Linear a) {
-    const size_t row = blockIdx.x;
+    const unsigned row = blockIdx.x;
     pdl_launch_next();
-    const size_t rows = a.by_logit ? (size_t)a.header->nlogit : (size_t)a.header->nrow;
+    const unsigned rows = (unsigned)(a.by_logit ? a.header->nlogit : a.header->nrow);
     if (threadIdx.x * 128 < a.k * sizeof(T)) prefetch_l1((const char *)a.norm + threadIdx.x * 128);
     pdl_wait();
     if (row >= rows) return;
-    stage_norm<T, WARPS>(a, row, 1, (T *)a.normed + row * a.k, a.k, threadIdx.x / 32, threadIdx.x % 32);
+    stage_norm<T, WARPS, true>(a, row, 1, (T *)a.normed + (size_t)row * a.k, (unsigned)a.k, threadIdx.x / 32,
+                               threadIdx.x % 32);
 }
 
 /* 8 NT columns a block (blockIdx.y chooses which). SPLIT: K is split over a cluster, and the block works on Q parts of

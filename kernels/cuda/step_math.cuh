@@ -18,11 +18,13 @@ template <class T> __device__ __forceinline__ float2 unpack_pair(uint32_t bits) 
 }
 
 /* 1 / sqrt(mean(x^2) + eps) of a row x [k]; all lanes of a warp call it and get it. Lane l sums units l, l + 32, ... of
- * 16 bytes (elements where k is odd), then the lanes' sums meet in a butterfly. */
-template <class T> __device__ __forceinline__ float norm_scale(const T *x, unsigned k, float eps, unsigned lane) {
+ * 16 bytes (elements where k is odd), then the lanes' sums meet in a butterfly. IS_WIDE: k is whole units. */
+template <class T, bool IS_WIDE = false>
+__device__ __forceinline__ float norm_scale(const T *x, unsigned k, float eps, unsigned lane) {
     constexpr int UNIT = 16 / sizeof(T), IN_FLIGHT = 6; /* elements of a 16-byte load, and loads at once */
     float sum = 0;
-    if (k % UNIT == 0) {
+    if (IS_WIDE || k % UNIT == 0) {
+#pragma unroll 1
         for (unsigned i = lane; i < k / UNIT; i += 32 * IN_FLIGHT) {
             uint4 v[IN_FLIGHT];
 #pragma unroll
