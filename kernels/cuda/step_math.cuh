@@ -17,27 +17,46 @@ template <class T> __device__ __forceinline__ float2 unpack_pair(uint32_t bits) 
     return make_float2(to_float<T>(pair[0]), to_float<T>(pair[1]));
 }
 
+/* 1 / sqrt(mean + eps). It stands between two loads on a step's critical path; approximations of 2^-22 do to 16 bits.
+ */
+template <class T> __device__ __forceinline__ float norm_scale_of(float sum, unsigned k, float eps) {
+    if (sizeof(T) == 2) return rsqrtf(__fdividef(sum, (float)k) + eps);
+    return 1.0f / sqrtf(sum / (float)k + eps);
+}
+
+/* sum + x^2 of the elements of 16 bytes, in order. */
+template <class T> __device__ __forceinline__ float add_squares(const uint4 &v, float sum) {
+#pragma unroll
+    for (int e = 0; e < (int)(16 / sizeof(T)); e++) {
+        const float x = to_float<T>(reinterpret_cast<const T *>(&v)[e]);
+        sum = fmaf(x, x, sum);
+    }
+    return sum;
+}
+
+/* The sum over a warp's lanes, for each of them, in a butterfly. */
+__device__ __forceinline__ float warp_sum(float sum) {
+    for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+    return sum;
+}
+
 /* 1 / sqrt(mean(x^2) + eps) of a row x [k]; all lanes of a warp call it and get it. Lane l sums units l, l + 32, ... of
- * 16 bytes (elements where k is odd), then the lanes' sums meet in a butterfly. IS_WIDE: k is whole units. */
+ * 16 bytes (elements where k is odd), then the lanes' sums meet. IS_WIDE: k is whole units. */
 template <class T, bool IS_WIDE = false>
 __device__ __forceinline__ float norm_scale(const T *x, unsigned k, float eps, unsigned lane) {
-    constexpr int UNIT = 16 / sizeof(T), IN_FLIGHT = 6; /* elements of a 16-byte load, and loads at once */
+    constexpr unsigned UNIT = 16 / sizeof(T), IN_FLIGHT = 6; /* elements of a 16-byte load, and loads at once */
     float sum = 0;
     if (IS_WIDE || k % UNIT == 0) {
+        const uint4 *units = reinterpret_cast<const uint4 *>(x);
 #pragma unroll 1
         for (unsigned i = lane; i < k / UNIT; i += 32 * IN_FLIGHT) {
             uint4 v[IN_FLIGHT];
 #pragma unroll
-            for (int j = 0; j < IN_FLIGHT; j++)
-                if (i + 32 * j < k / UNIT) v[j] = reinterpret_cast<const uint4 *>(x)[i + 32 * j];
+            for (unsigned j = 0; j < IN_FLIGHT; j++)
+                if (i + 32 * j < k / UNIT) v[j] = units[i + 32 * j];
 #pragma unroll
-            for (int j = 0; j < IN_FLIGHT; j++)
-                if (i + 32 * j < k / UNIT)
-#pragma unroll
-                    for (int e = 0; e < UNIT; e++) {
-                        const float f = to_float<T>(reinterpret_cast<const T *>(&v[j])[e]);
-                        sum = fmaf(f, f, sum);
-                    }
+            for (unsigned j = 0; j < IN_FLIGHT; j++)
+                if (i + 32 * j < k / UNIT) sum = add_squares<T>(v[j], sum);
         }
     } else {
         for (unsigned i = lane; i < k; i += 32) {
@@ -45,8 +64,7 @@ __device__ __forceinline__ float norm_scale(const T *x, unsigned k, float eps, u
             sum = fmaf(v, v, sum);
         }
     }
-    for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
-    return 1.0f / sqrtf(sum / (float)k + eps);
+    return norm_scale_of<T>(warp_sum(sum), k, eps);
 }
 
 /* round(norm * round(x scale)) */
@@ -64,6 +82,45 @@ template <class T> __device__ __forceinline__ uint4 normed_unit(const uint4 &x, 
     return y;
 }
 
+/* to [k] = norm of the row x [k], by one warp, with norm_scale()'s sum; k is whole units of 16 bytes. The last
+ * IN_FLIGHT of a lane stay in registers: 1,536 columns are read once. */
+template <class T>
+__device__ __forceinline__ void norm_row(const T *x, const T *norm, unsigned k, float eps, T *to, unsigned lane) {
+    constexpr unsigned IN_FLIGHT = 6, SPAN = 32 * IN_FLIGHT; /* units */
+    const unsigned units = k / (16 / sizeof(T));
+    uint4 v[IN_FLIGHT];
+    const auto load = [&](unsigned base) {
+#pragma unroll
+        for (unsigned j = 0; j < IN_FLIGHT; j++) {
+            const unsigned i = base + 32 * j + lane;
+            v[j] = i < units ? reinterpret_cast<const uint4 *>(x)[i] : make_uint4(0, 0, 0, 0);
+        }
+    };
+    float sum = 0;
+    unsigned base = 0;
+#pragma unroll 1
+    while (true) {
+        load(base);
+#pragma unroll
+        for (unsigned j = 0; j < IN_FLIGHT; j++) sum = add_squares<T>(v[j], sum); /* zeros change nothing */
+        if (base + SPAN >= units) break;
+        base += SPAN;
+    }
+    const float scale = norm_scale_of<T>(warp_sum(sum), k, eps);
+#pragma unroll 1
+    while (true) {
+#pragma unroll
+        for (unsigned j = 0; j < IN_FLIGHT; j++) {
+            const unsigned i = base + 32 * j + lane;
+            if (i < units)
+                reinterpret_cast<uint4 *>(to)[i] =
+                    normed_unit<T>(v[j], reinterpret_cast<const uint4 *>(norm)[i], scale);
+        }
+        if (!base) break;
+        load(base -= SPAN);
+    }
+}
+
 /* RoPE of the elements that stand half a head apart, rounded like transformers' code; the caller rounds the sums. */
 template <class T> __device__ __forceinline__ void rotate(float &low, float &high, float c, float s) {
     const float ac = rounded<T>(low * c), bs = rounded<T>(high * s), bc = rounded<T>(high * c),
@@ -72,11 +129,15 @@ template <class T> __device__ __forceinline__ void rotate(float &low, float &hig
     high = bc + as;
 }
 
-/* round(round(g / (1 + e^-g)) u) of the sums' rounded values. */
+/* round(round(g / (1 + e^-g)) u) of the sums' rounded values. To 16 bits, approximations of 2^-21 do for the
+ * exponential and the quotient; they are a quarter of the instructions, and a step of 256 rows has 64 of these a
+ * thread. */
 template <class T> __device__ __forceinline__ T swiglu(float gate, float up) {
     gate = rounded<T>(gate);
     up = rounded<T>(up);
-    return from_float<T>(rounded<T>(gate / __fadd_rn(1.0f, expf(-gate))) * up);
+    const float silu = sizeof(T) == 2 ? __fdividef(gate, __fadd_rn(1.0f, exp2_fast(-1.4426950408889634f * gate)))
+                                      : gate / __fadd_rn(1.0f, expf(-gate));
+    return from_float<T>(rounded<T>(silu) * up);
 }
 
 #endif

@@ -185,6 +185,12 @@ template <class T> T __ldcg(const T *p) {
 static inline float __fmaf_rn(float a, float b, float c) {
     return fmaf(a, b, c);
 }
+static inline float rsqrtf(float a) {
+    return 1.0f / sqrtf(a);
+}
+static inline float __fdividef(float a, float b) {
+    return a / b;
+}
 static inline float __fmul_rn(float a, float b) {
     return a * b;
 }
