@@ -8,8 +8,8 @@
  * and j + half of a group of 2 half rows: the halves that RoPE rotates together (half = head_dim / 2), or a gate and
  * its up row (half = ffn), so that the two meet in one thread.
  *
- * Sums. A row's K is cut into eight contiguous parts (sixteen where K is long); a part is summed by the tensor core in
- * order of K, and the parts' sums are added in order. Neither the number of rows in the step, nor the bucket, nor the
+ * Sums. A row's K is cut into eight contiguous parts; a part is summed by the tensor core in order of K, and the parts'
+ * sums are added in order. Neither the number of rows in the step, nor the bucket, nor the
  * kernel that the bucket takes enters. That holds for finite values: a kernel may multiply its neighbours' columns by
  * zero, and infinity times zero is NaN.
  *

@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 
 enum { WARPS = 8, THREADS = 32 * WARPS };
+enum { PARTS = 8 }; /* of K, in a product's sums: nodes.h */
 
 /* The launch's shared memory, as bytes. */
 #ifndef LLA_DYNAMIC_SHARED

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(S::THREADS_, S::RESIDENT) product_kernel(const
 
     for (unsigned tile = blockIdx.x; tile < ring.tiles; tile += gridDim.x) {
         float total[MI][NI][4] = {}, part[MI][NI][4] = {};
-        Parts parts(a.k, a.parts);
+        Parts parts(a.k);
         next_piece();
 #pragma unroll
         for (int j = 0; j < NI / 2; j++) x[j] = ldmatrix_x4(ring.reading + x_at + x_unit + j * 16 * S::ROW_BYTES);
@@ -120,6 +120,7 @@ using WideLarge = Tile<1, 24, 8, 1, 4, 5, 1>;
 using WideTall = Tile<1, 16, 12, 1, 4, 5, 1>;
 using WideMiddle = Tile<1, 16, 8, 1, 4, 6, 1>;
 using WideSmall = Tile<1, 8, 4, 1, 4, 4, 3>;
+using WideLone = Tile<1, 8, 4, 1, 4, 12, 1>; /* the same, if an SM has only one of them */
 
 /* A tile of four warps' height that a warp has in one piece is wgmma's. */
 template <class S> constexpr bool is_wgmma = S::MI == 1 && S::WARPS_N == 1;
@@ -132,19 +133,20 @@ lla_status launch_product(const lla_cuda_ctx *ctx, const char *name, const Produ
     if constexpr (is_wgmma<S>) {
         CUtensorMap w, x;
         LLA_TRY(map_product<S>(a, a.max_rows, &w, &x));
-        return launch(ctx, name, wgmma_kernel<T, E, S>, grid, S::THREADS_ + FILLERS<S>, S::SMEM, a, w, x);
+        const auto kernel = tiles_of(a.k) % (2 * PARTS) ? wgmma_kernel<T, E, S, 1> : wgmma_kernel<T, E, S, 2>;
+        return launch(ctx, name, kernel, grid, S::THREADS_ + FILLERS<S>, S::SMEM, a, w, x);
     } else {
         return launch(ctx, name, product_kernel<T, E, S>, grid, S::THREADS_, S::SMEM, a);
     }
 }
 
-/* K over a cluster, a tile for each, if so many turns of the GPU's clusters do it and it is not done yet. */
+/* K over a cluster, a tile for each, if the GPU has so many clusters at once and it is not done yet. */
 template <class T, Epilogue E, class S>
-lla_status launch_split(const lla_cuda_ctx *ctx, const char *name, const Product &a, size_t turns, bool *done) {
+lla_status launch_split(const lla_cuda_ctx *ctx, const char *name, const Product &a, bool *done) {
     const size_t tiles = (tiles_of(a.n) * 16 + S::BM - 1) / S::BM * ((a.max_rows + S::BN - 1) / S::BN);
-    if (*done || S::SMEM > ctx->max_smem || a.parts != SHARERS * S::Q || tiles_of(a.k) < a.parts) return LLA_OK;
+    if (*done || S::SMEM > ctx->max_smem || tiles_of(a.k) < PARTS) return LLA_OK;
     const size_t clusters = resident_clusters(ctx, split_kernel<T, E, S>, S::THREADS_ + 128, SHARERS);
-    if (tiles > turns * clusters) return LLA_OK;
+    if (tiles > clusters) return LLA_OK;
     CUtensorMap w, x;
     LLA_TRY(map_product<S>(a, a.max_rows, &w, &x));
     *done = true;
@@ -152,21 +154,24 @@ lla_status launch_split(const lla_cuda_ctx *ctx, const char *name, const Product
                            S::SMEM, SHARERS, a, w, x);
 }
 
-/* The tallest tile that keeps most of the GPU busy, in one turn; where K is long, two turns are better than none. */
+/* The lower tile keeps more of the GPU busy. */
 template <class T, Epilogue E, int NI, int STAGES>
 lla_status try_splits(const lla_cuda_ctx *ctx, const char *name, const Product &a, bool *done) {
     if constexpr (E == ADD) {
-        LLA_TRY((launch_split<T, E, SplitTile<3, NI, 2, STAGES>>(ctx, name, a, 2, done)));
-        LLA_TRY((launch_split<T, E, SplitTile<3, NI, 1, 4>>(ctx, name, a, 1, done)));
+        LLA_TRY((launch_split<T, E, SplitTile<3, NI, STAGES>>(ctx, name, a, done)));
     }
-    return launch_split<T, E, SplitTile<4, NI, 1, 4>>(ctx, name, a, 1, done);
+    return launch_split<T, E, SplitTile<4, NI, 4>>(ctx, name, a, done);
 }
 
-/* Tiles that the busiest SM has, times a tile's size over its speed. */
-template <class S> double cost(const lla_cuda_ctx *ctx, const Product &a, double speed) {
+/* Tiles that the busiest SM has. */
+template <class S> size_t turns(const lla_cuda_ctx *ctx, const Product &a) {
     const size_t tiles = (tiles_of(a.n) * 16 + S::BM - 1) / S::BM * ((a.max_rows + S::BN - 1) / S::BN);
-    const size_t sms = (size_t)ctx->sm_count;
-    return (double)((tiles + sms - 1) / sms) * S::BM * S::BN / speed;
+    return (tiles + (size_t)ctx->sm_count - 1) / (size_t)ctx->sm_count;
+}
+
+/* The same times a tile's size over its speed. */
+template <class S> double cost(const lla_cuda_ctx *ctx, const Product &a, double speed) {
+    return (double)turns<S>(ctx, a) * S::BM * S::BN / speed;
 }
 
 template <class T, Epilogue E> lla_status dispatch(const lla_cuda_ctx *ctx, const char *name, const Product &a) {
@@ -178,7 +183,9 @@ template <class T, Epilogue E> lla_status dispatch(const lla_cuda_ctx *ctx, cons
         if (done) return LLA_OK;
         const double large = cost<WideLarge>(ctx, a, 1.0), middle = cost<WideMiddle>(ctx, a, 1.0),
                      tall = cost<WideTall>(ctx, a, 1.0), small = cost<WideSmall>(ctx, a, 0.6);
-        if (small < large && small < middle && small < tall) return launch_product<T, E, WideSmall>(ctx, name, a);
+        if (small < large && small < middle && small < tall)
+            return turns<WideSmall>(ctx, a) > 1 ? launch_product<T, E, WideSmall>(ctx, name, a)
+                                                : launch_product<T, E, WideLone>(ctx, name, a);
         if constexpr (E == SWIGLU)
             if (tall < large && tall <= middle) return launch_product<T, E, WideTall>(ctx, name, a);
         if (middle < large) return launch_product<T, E, WideMiddle>(ctx, name, a);
@@ -213,7 +220,6 @@ Product product(const lla_cuda_ctx *ctx, size_t x, size_t w, size_t out, size_t 
     a.out = ctx->arena + out;
     a.n = (unsigned)n;
     a.k = (unsigned)k;
-    a.parts = 8;
     return a;
 }
 
@@ -255,7 +261,6 @@ lla_status lla_many_qkv(const lla_cuda_ctx *ctx, const lla_qkv_args *args) {
 
 lla_status lla_many_linear_add(const lla_cuda_ctx *ctx, const lla_linear_add_args *args) {
     Product a = product(ctx, args->in, args->w, args->x, ctx->dims.hidden, args->k);
-    if (args->k >= 4096) a.parts = 16; /* as in step_linear.cu */
     return by_dtype<ADD>(ctx, "linear_add", a);
 }
 

@@ -22,7 +22,6 @@ struct Product {
     const void *w;     /* packed [n, k] */
     void *out;         /* ADD: [rows, n], added to; STORE: [rows, n]; SWIGLU: [rows, half] */
     unsigned n, k, half;
-    unsigned parts; /* of K */
     /* QKV */
     const void *bias, *rope;
     const int32_t *positions, *row_seq, *table;
@@ -153,10 +152,10 @@ template <class S> struct Ring {
 
 /* The parts of K, one after the other; see nodes.h. */
 struct Parts {
-    unsigned ktiles, count, next = 0, end = 0; /* end: first k-tile behind the part */
-    __device__ __forceinline__ Parts(unsigned k, unsigned parts) : ktiles((k + 15) / 16), count(parts) { advance(); }
+    unsigned ktiles, next = 0, end = 0; /* end: first k-tile behind the part */
+    __device__ __forceinline__ explicit Parts(unsigned k) : ktiles((k + 15) / 16) { advance(); }
     __device__ __forceinline__ void advance() { /* over empty parts */
-        for (const unsigned from = end; end == from && next < count;) end = ktiles * ++next / count;
+        for (const unsigned from = end; end == from && next < PARTS;) end = ktiles * ++next / PARTS;
     }
 };
 

@@ -6,7 +6,8 @@
  *
  * One thread fills the ring, with two copies a piece: a box of packed weights, and a box of x, swizzled on the way.
  * Groups that multiply wait for a piece's `full` barrier, and give its place back through `empty`. Products run behind
- * the warps: while k-tiles i - 1 and i are multiplied, the weights of i + 2 come into the registers that i - 2 had. */
+ * the warps: while two k-tiles are multiplied, the weights of the next come into the registers that those before had.
+ */
 #ifndef LLA_STEP_GEMM_SM90_CUH
 #define LLA_STEP_GEMM_SM90_CUH
 
@@ -32,9 +33,10 @@ template <class S> struct Cursor {
 };
 
 /* Threads that fill the ring: a group of four warps can give its registers to the others, else a warp will do. */
-template <class S> constexpr int FILLERS = S::RESIDENT == 1 ? 128 : 32;
+template <class S> constexpr int FILLERS = S::WARPS_M > 4 ? 128 : 32;
 
-template <class T, Epilogue E, class S>
+/* STEP: k-tiles that are multiplied between two waits: 2 where all parts of K are whole pairs of them, else 1. */
+template <class T, Epilogue E, class S, int STEP>
 __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
     wgmma_kernel(const Product a, const __grid_constant__ CUtensorMap w_map,
                  const __grid_constant__ CUtensorMap x_map) {
@@ -106,7 +108,7 @@ __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
     float sums[2][1][NI][4]; /* total, part */
     float (&total)[NI][4] = sums[0][0], (&part)[NI][4] = sums[1][0];
     while (at.tile < tiles) {
-        Parts parts(a.k, a.parts);
+        Parts parts(a.k);
         const unsigned tile = at.tile;
         int accumulate = 0;
         unsigned kt = 0, before = 0; /* before: barrier of the place that the piece before had */
@@ -114,30 +116,37 @@ __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
         for (int j = 0; j < NI; j++)
 #pragma unroll
             for (int c = 0; c < 4; c++) total[j][c] = 0;
+        const auto end_part = [&] {
+            wgmma_wait<0>();
+            wgmma_arrived(part);
+#pragma unroll
+            for (int j = 0; j < NI; j++)
+#pragma unroll
+                for (int c = 0; c < 4; c++) total[j][c] += part[j][c];
+            accumulate = 0;
+            parts.advance();
+        };
 #pragma unroll 1
         while (at.tile == tile) {
             const uint32_t place = at.stage * S::STAGE_BYTES, mine = empty + 8 * at.stage;
             at.advance(pieces);
             const uint32_t next = at.stage * S::STAGE_BYTES;
 #pragma unroll
-            for (int s = 0; s < KT; s++) {
+            for (int h = 0; h < KT; h += STEP) {
+                const uint64_t x = wgmma_rows(base + place + S::W_BYTES) + 2 * h;
                 wgmma_fence();
-                Wgmma<T, NI>::run(part, w[s], wgmma_rows(base + place + S::W_BYTES) + 2 * s, accumulate);
+                Wgmma<T, NI>::run(part, w[h], x, accumulate);
+                if (STEP == 2) Wgmma<T, NI>::run(part, w[h + 1], x + 2, 1);
                 wgmma_commit();
                 accumulate = 1;
-                wgmma_wait<2>(); /* the products before the last two are done: their weights' registers are free */
-                if (s == 1 && before && lane == 0) barrier_arrive(before);
-                if (s == 2 && at.tile < tiles) barrier_wait(full + 8 * at.stage, at.parity);
-                w[(s + 2) % KT] = load_shared_16(w_at + (s < 2 ? place + (s + 2) * 512 : next + (s - 2) * 512));
-                if (++kt != parts.end) continue;
-                wgmma_wait<0>();
-                wgmma_arrived(part);
+                wgmma_wait<2 / STEP>(); /* products before the last two are done: their weights' registers are free */
+                if (h == 2 - STEP && before && lane == 0) barrier_arrive(before);
+                if (h == 2 && at.tile < tiles) barrier_wait(full + 8 * at.stage, at.parity);
 #pragma unroll
-                for (int j = 0; j < NI; j++)
-#pragma unroll
-                    for (int c = 0; c < 4; c++) total[j][c] += part[j][c];
-                accumulate = 0;
-                parts.advance();
+                for (int i = h + 2; i < h + 2 + STEP; i++)
+                    w[i % KT] = load_shared_16(w_at + (i < KT ? place + i * 512 : next + (i - KT) * 512));
+                kt += STEP;
+                if (kt == parts.end) end_part();
             }
             before = mine;
         }

@@ -1,9 +1,9 @@
 /* step_gemm_split.cuh: the product by wgmma with K split over a cluster, for sm_90a: where a step has too few tiles to
  * keep the GPU busy, and K is long enough to share.
  *
- * Eight blocks share a tile; each sums Q of the parts of K (nodes.h), from zero, each part in registers of its own, and
- * reads only its share of weights and rows. Then the parts' sums meet: block b gets those of the tile's b-th eighth of
- * columns (rows of the step) in its shared memory, where the ring was, and adds them in order. */
+ * Eight blocks share a tile; each sums one of the parts of K (nodes.h), and reads only its share of weights and rows.
+ * Then the parts' sums meet: block b gets those of the tile's b-th eighth of columns (rows of the step) in its shared
+ * memory, where the ring was, and adds them in order. */
 #ifndef LLA_STEP_GEMM_SPLIT_CUH
 #define LLA_STEP_GEMM_SPLIT_CUH
 
@@ -11,24 +11,23 @@
 
 namespace {
 
-enum { SHARERS = 8 /* blocks of a cluster */ };
+enum { SHARERS = PARTS /* blocks of a cluster */ };
 
-/* Groups of four warps, each with 64 weight rows by NI x 8 rows of the step; parts of a block; pieces of the ring. */
-template <int GROUPS_, int NI_, int Q_, int STAGES_> struct SplitTile {
-    static constexpr int GROUPS = GROUPS_, MI = 1, NI = NI_, Q = Q_, KT = 4, STAGES = STAGES_;
+/* Groups of four warps, each with 64 weight rows by NI x 8 rows of the step; pieces of the ring. */
+template <int GROUPS_, int NI_, int STAGES_> struct SplitTile {
+    static constexpr int GROUPS = GROUPS_, MI = 1, NI = NI_, KT = 4, STAGES = STAGES_;
     static constexpr int WARPS_M = 4 * GROUPS, BM = 64 * GROUPS, BN = 8 * NI, THREADS_ = 128 * GROUPS;
     static constexpr int W_BYTES = BM / 16 * KT * 512, STAGE_BYTES = W_BYTES + BN * 128;
     static constexpr int SUMMED = NI / SHARERS; /* eights of columns that a block sums in the end */
-    static constexpr int PART_BYTES = SUMMED * WARPS_M * 512, INBOX = SHARERS * Q * PART_BYTES;
+    static constexpr int PART_BYTES = SUMMED * WARPS_M * 512, INBOX = SHARERS * PART_BYTES;
     static constexpr int RING = STAGES * STAGE_BYTES > INBOX ? STAGES * STAGE_BYTES : INBOX;
     static constexpr int SMEM = RING + 1024;                  /* the ring starts at a multiple of 1024 */
     static constexpr int REGISTERS = GROUPS == 3 ? 160 : 112; /* of a thread that multiplies */
     static constexpr int AT_ENTRY = 65536 / (THREADS_ + 128) / 8 * 8;
-    static_assert(Q == 1 || Q == 2, "sums of one part are kept while another is summed");
     static_assert(GROUPS == 3 || GROUPS == 4, "registers are shared out for 512 or 640 threads");
     static_assert((REGISTERS - AT_ENTRY) * THREADS_ <= (AT_ENTRY - 24) * 128,
                   "those that fill the ring have given them");
-    static_assert(4 * NI * Q + 16 + 16 <= REGISTERS, "sums and weights are in registers");
+    static_assert(4 * NI + 16 + 16 <= REGISTERS, "sums and weights are in registers");
     static_assert(NI % SHARERS == 0 && BN <= 256, "columns are shared out in eights; a box has at most 256 rows");
     static_assert(SMEM <= 227 * 1024, "the ring fits in shared memory");
 };
@@ -46,7 +45,7 @@ __global__ void __launch_bounds__(S::THREADS_ + 128, 1)
     extern __shared__ char smem[];
     __shared__ uint64_t barriers[2][S::STAGES];
     __shared__ uint4 zeros[32];
-    constexpr int NI = S::NI, KT = S::KT, Q = S::Q;
+    constexpr int NI = S::NI, KT = S::KT;
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t base = (shared_address(smem) + 1023) / 1024 * 1024;
     const uint32_t full = shared_address(barriers[0]), empty = shared_address(barriers[1]);
@@ -64,41 +63,33 @@ __global__ void __launch_bounds__(S::THREADS_ + 128, 1)
     const unsigned columns = (a.max_rows + S::BN - 1) / S::BN, rank = blockIdx.x % SHARERS, tile = blockIdx.x / SHARERS,
                    row0 = tile % columns * S::BN, tile0 = tile / columns * S::WARPS_M;
     if (row0 >= rows) return; /* as do all blocks of the cluster */
-    const unsigned ktiles = (a.k + 15) / 16;
-    const auto start = [&](unsigned q) { return ktiles * (rank * Q + q) / (SHARERS * Q); };
-    unsigned pieces = 0;
-#pragma unroll
-    for (unsigned q = 0; q < Q; q++) pieces += (start(q + 1) - start(q) + KT - 1) / KT;
+    const unsigned ktiles = (a.k + 15) / 16, k_first = ktiles * rank / PARTS, k_last = ktiles * (rank + 1) / PARTS;
+    const unsigned pieces = (k_last - k_first + KT - 1) / KT;
 
     if (warp >= S::WARPS_M) { /* those that fill the ring */
         give_registers<24>();
         if (threadIdx.x != S::WARPS_M * 32) return;
-        /* Asks for pieces [from, to): of weights, of rows, or of both. */
-        const auto copy = [&](unsigned from, unsigned to, bool w, bool x) {
-            unsigned piece = 0, stage = 0, parity = 1;
-            for (unsigned q = 0; q < Q; q++)
-                for (unsigned kt = start(q); kt < start(q + 1) && piece < to; kt += KT) {
-                    const uint32_t place = base + stage * S::STAGE_BYTES, barrier = full + 8 * stage;
-                    if (piece >= from) {
-                        if (w && x) barrier_wait(empty + 8 * stage, parity);
-                        if (w) {
-                            barrier_arrive_for(barrier, S::STAGE_BYTES);
-                            copy_boxes(place, &w_map, 0, kt, tile0, barrier);
-                        }
-                        if (x) copy_box(place + S::W_BYTES, &x_map, kt * 16, row0, barrier);
-                    }
-                    piece++;
-                    if (++stage == S::STAGES) {
-                        stage = 0;
-                        parity ^= 1;
-                    }
-                }
+        unsigned stage = 0, parity = 1; /* of the next piece, behind those that are asked for ahead */
+        const auto copy_w = [&](unsigned piece, unsigned at) {
+            barrier_arrive_for(full + 8 * at, S::STAGE_BYTES);
+            copy_boxes(base + at * S::STAGE_BYTES, &w_map, 0, k_first + piece * KT, tile0, full + 8 * at);
+        };
+        const auto copy_x = [&](unsigned piece, unsigned at) {
+            copy_box(base + at * S::STAGE_BYTES + S::W_BYTES, &x_map, (k_first + piece * KT) * 16, row0, full + 8 * at);
         };
         const unsigned ahead = pieces < S::STAGES ? pieces : S::STAGES;
-        copy(0, ahead, true, false); /* weights do not depend on the kernel before */
+        for (unsigned i = 0; i < ahead; i++) copy_w(i, i); /* weights do not depend on the kernel before */
         pdl_wait();
-        copy(0, ahead, false, true);
-        copy(ahead, pieces, true, true);
+        for (unsigned i = 0; i < ahead; i++) copy_x(i, i);
+        for (unsigned i = ahead; i < pieces; i++) {
+            barrier_wait(empty + 8 * stage, parity ^ 1);
+            copy_w(i, stage);
+            copy_x(i, stage);
+            if (++stage == S::STAGES) {
+                stage = 0;
+                parity ^= 1;
+            }
+        }
         return;
     }
 
@@ -108,12 +99,11 @@ __global__ void __launch_bounds__(S::THREADS_ + 128, 1)
     const auto load = [&](uint32_t place, bool inside) {
         return load_shared_16(inside ? w_at + place : zeros_at); /* what is not inside is the next part's */
     };
-    float sums[Q][NI][4] = {}; /* of the parts; a part is summed in the last of them */
-    float (&part)[NI][4] = sums[Q - 1];
+    float part[NI][4] = {};
     uint4 w[KT];
     unsigned piece = 0, stage = 0, parity = 0, before = 0; /* before: barrier of the place that the piece before had */
-    unsigned left = start(1) - start(0), next_part = Q > 1 ? start(2) - start(1) : 0; /* column tiles */
-    int accumulate = 0, part_at = 0;
+    unsigned left = k_last - k_first;                      /* column tiles */
+    int accumulate = 0;
     barrier_wait(full, 0);
     w[0] = load(0, true);
     w[1] = load(512, left > 1);
@@ -126,34 +116,24 @@ __global__ void __launch_bounds__(S::THREADS_ + 128, 1)
         }
         piece++;
         const uint32_t next = stage * S::STAGE_BYTES;
-        const bool is_end = left <= KT; /* of the part */
-        const unsigned then = is_end ? next_part : left - KT;
+        const unsigned then = left > KT ? left - KT : 0;
 #pragma unroll
-        for (unsigned s = 0; s < KT; s++) {
+        for (unsigned h = 0; h < KT; h += 2) {
+            const uint64_t x = wgmma_rows(base + place + S::W_BYTES) + 2 * h;
             wgmma_fence();
-            Wgmma<T, NI>::run(part, w[s], wgmma_rows(base + place + S::W_BYTES) + 2 * s, accumulate);
+            Wgmma<T, NI>::run(part, w[h], x, accumulate);
+            Wgmma<T, NI>::run(part, w[h + 1], x + 2, 1);
             wgmma_commit();
             accumulate = 1;
-            wgmma_wait<2>(); /* the products before the last two are done: their weights' registers are free */
-            if (s == 1 && before && lane == 0) barrier_arrive(before);
-            if (s == 2 && piece < pieces) barrier_wait(full + 8 * stage, parity);
-            w[(s + 2) % KT] =
-                s < 2 ? load(place + (s + 2) * 512, s + 2 < left) : load(next + (s - 2) * 512, s - 2 < then);
+            wgmma_wait<1>(); /* the two products before these are done: their weights' registers are free */
+            if (h == 0 && before && lane == 0) barrier_arrive(before);
+            if (h == 2 && piece < pieces) barrier_wait(full + 8 * stage, parity);
+#pragma unroll
+            for (unsigned e = 0; e < 2; e++)
+                w[2 - h + e] = h == 0 ? load(place + (2 + e) * 512, 2 + e < left) : load(next + e * 512, e < then);
         }
         before = mine;
         left = then;
-        if constexpr (Q > 1)
-            if (is_end && part_at == 0) {
-                wgmma_wait<0>();
-                wgmma_arrived(part);
-#pragma unroll
-                for (int j = 0; j < NI; j++)
-#pragma unroll
-                    for (int c = 0; c < 4; c++) sums[0][j][c] += part[j][c]; /* from 0 */
-                accumulate = 0;
-                part_at = 1;
-                next_part = 0;
-            }
     }
     wgmma_wait<0>();
     wgmma_arrived(part);
@@ -165,25 +145,22 @@ __global__ void __launch_bounds__(S::THREADS_ + 128, 1)
     for (unsigned to = 0; to < SHARERS; to++) {
         if (row0 + to * (8 * S::SUMMED) >= rows) continue;
 #pragma unroll
-        for (unsigned q = 0; q < Q; q++)
-#pragma unroll
-            for (unsigned j = 0; j < S::SUMMED; j++)
-                store_cluster_16(box + (rank * Q + q) * S::PART_BYTES + j * (S::WARPS_M * 512), to,
-                                 sums[q][to * S::SUMMED + j]);
+        for (unsigned j = 0; j < S::SUMMED; j++)
+            store_cluster_16(box + rank * S::PART_BYTES + j * (S::WARPS_M * 512), to, part[to * S::SUMMED + j]);
     }
     cluster_arrive();
     cluster_wait();
     if (row0 + rank * (8 * S::SUMMED) >= rows) return;
     float total[1][S::SUMMED][4];
 #pragma unroll
-    for (unsigned p = 0; p < SHARERS * Q; p++)
+    for (unsigned p = 0; p < SHARERS; p++)
 #pragma unroll
         for (unsigned j = 0; j < S::SUMMED; j++) {
             const uint4 raw = load_shared_16(box + p * S::PART_BYTES + j * (S::WARPS_M * 512));
-            const float part[4] = {__uint_as_float(raw.x), __uint_as_float(raw.y), __uint_as_float(raw.z),
+            const float sums[4] = {__uint_as_float(raw.x), __uint_as_float(raw.y), __uint_as_float(raw.z),
                                    __uint_as_float(raw.w)};
 #pragma unroll
-            for (int c = 0; c < 4; c++) total[0][j][c] = p ? total[0][j][c] + part[c] : part[c];
+            for (int c = 0; c < 4; c++) total[0][j][c] = p ? total[0][j][c] + sums[c] : sums[c];
         }
     finish<T, E, SummedTile<S>>(a, total, tile0 + warp, row0 + rank * (8 * S::SUMMED), rows, lane);
 #endif

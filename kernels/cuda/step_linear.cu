@@ -1,12 +1,12 @@
 /* step_linear.cu: the step's matrix products: [norm +] x w^T + what follows, on packed weights (nodes.h), for up to
  * eight rows a block; step_linear_many.cu has those for more, step_linear_any.cu those for odd shapes and f32.
  *
- * Few rows are bound by the stream of weights, and by what happens while it does not flow. Every warp owns an eighth (a
- * sixteenth where K is long) of K and streams its part of a row tile through a ring in shared memory, which no other
- * thread looks at: a lane multiplies the 16 bytes that it has asked for. The ring is filled before the wait for the
- * kernel before, since weights do not depend on it. What follows the wait is on the step's critical path: warps norm
- * their own part of x, so that they need not wait for each other; indices are 32 bits wide; and the code is short,
- * since each kernel's turn finds the instruction cache cold. Few registers leave room on an SM for the kernels to come.
+ * Few rows are bound by the stream of weights, and by what happens while it does not flow. Every warp owns an eighth of
+ * K and streams its part of a row tile through a ring in shared memory, which no other thread looks at: a lane
+ * multiplies the 16 bytes that it has asked for. The ring is filled before the wait for the kernel before, since
+ * weights do not depend on it. What follows the wait is on the step's critical path: warps norm their own part of x, so
+ * that they need not wait for each other; indices are 32 bits wide; and the code is short, since each kernel's turn
+ * finds the instruction cache cold. Few registers leave room on an SM for the kernels to come.
  */
 #include "step_linear.cuh"
 #include "step_many.h"
@@ -15,19 +15,22 @@
 
 namespace {
 
+enum { W = PARTS }; /* warps of a block, each with a part of K */
 enum { COLS = 8 };  /* rows of x that a block takes: columns of the tensor core's operand */
 enum { DEPTH = 4 }; /* column tiles, 512 bytes each, that a warp asks for at a time: a group */
-/* Groups in a ring: as much of a stream as lets two blocks share an SM; of a single tile, more than a warp's part of
- * it where K is 1,536. */
-enum { STREAM_GROUPS = 5, TILE_GROUPS = 3 };
+/* Groups in a ring: as much of a stream as lets two blocks share an SM; of a single tile, all of a warp's part of it
+ * where K is 1,536, or what a block alone on an SM needs under way where K is long. */
+enum { STREAM_GROUPS = 5, TILE_GROUPS = 3, LONG_GROUPS = 9 };
 /* Groups under way while the ring is filled for the first time. More fill the memory's queues, and what the kernels
  * before this one wait for stands behind them. */
 enum { FILLING = 2 };
+/* Rows from which on a warp norms whole rows, and keeps them in registers, instead of its part of every row. */
+enum { BY_ROW_FROM = 5 };
 
 /* A warp's columns [16 k_first, 16 (k_first + length)) of the rows of x on their way to shared memory, in units of 16
  * bytes, UNITS of them a lane at once; with the norm's weights, which can be asked for before x is there. */
 template <class T, bool NORM> struct Part {
-    static constexpr int UNITS = NORM ? 1 : 4;
+    static constexpr int UNITS = NORM ? 1 : 5; /* a row's part of 8,960 columns at once */
     const Linear &a;
     const unsigned first, rows, k_first, per_row;
     unsigned row = 0, at = threadIdx.x % 32; /* of the lane's next unit */
@@ -65,8 +68,8 @@ template <class T, bool NORM> struct Part {
 
 /* Up to eight rows a block (blockIdx.y chooses which); row tiles blockIdx.x, + gridDim.x, ... W warps, a ring of GROUPS
  * times DEPTH slots of 16 bytes a thread. */
-template <class T, Epilogue E, int W, int GROUPS>
-__global__ void __launch_bounds__(32 * W, 32 / W) linear_kernel(const Linear a) {
+template <class T, Epilogue E, int GROUPS, bool BY_ROW>
+__global__ void __launch_bounds__(32 * W, 4) linear_kernel(const Linear a) {
     constexpr unsigned SLOT = 32 * W * 16, RING = GROUPS * DEPTH * SLOT; /* bytes */
     constexpr bool NORM = E != ADD;
     LLA_DYNAMIC_SHARED(smem, 16);
@@ -120,7 +123,10 @@ __global__ void __launch_bounds__(32 * W, 32 / W) linear_kernel(const Linear a) 
         operands = prepare<T, E, false>(a, first + my_col, tile, my_g);
     }
     Part<T, NORM> part(a, first, rows, k_first, length);
-    part.choose();
+    if (!BY_ROW)
+        part.choose();
+    else if (threadIdx.x * 128 < a.k * sizeof(T))
+        prefetch_l1((const char *)a.norm + threadIdx.x * 128);
     pdl_wait();
     note(a.trace, LLA_BLOCK_FREE);
     if (!rows) {
@@ -129,23 +135,31 @@ __global__ void __launch_bounds__(32 * W, 32 / W) linear_kernel(const Linear a) 
     }
 
     /* ---- x, normed ---- */
-    part.load();
+    if (!BY_ROW) part.load();
     if (E == ADD && is_mine) operands = prepare<T, E, false>(a, first + my_col, tile, my_g);
-    float scale = 0;
-    if (NORM) { /* of one row by every warp for itself, so that none waits for another; of more by a warp a row */
+    if constexpr (BY_ROW) {
 #pragma unroll 1
-        for (unsigned r = rows == 1 ? 0 : warp; r < rows; r += W) {
-            scale = norm_scale<T, true>((const T *)a.x + source(a, first + r) * a.k, (unsigned)a.k, a.eps, lane);
-            if (lane == 0 && rows > 1) scales[r] = scale;
+        for (unsigned r = warp; r < rows; r += W)
+            norm_row<T>((const T *)a.x + source(a, first + r) * a.k, (const T *)a.norm, (unsigned)a.k, a.eps,
+                        staged + r * pitch, lane);
+        __syncthreads();
+    } else {
+        float scale = 0;
+        if (NORM) { /* of one row by every warp for itself, so that none waits for another; of more by a warp a row */
+#pragma unroll 1
+            for (unsigned r = rows == 1 ? 0 : warp; r < rows; r += W) {
+                scale = norm_scale<T, true>((const T *)a.x + source(a, first + r) * a.k, (unsigned)a.k, a.eps, lane);
+                if (lane == 0 && rows > 1) scales[r] = scale;
+            }
+            if (rows > 1) __syncthreads();
         }
-        if (rows > 1) __syncthreads();
-    }
 #pragma unroll 1
-    while (true) {
-        part.store(staged, pitch, scale, scales);
-        if (part.is_over()) break;
-        part.choose();
-        part.load();
+        while (true) {
+            part.store(staged, pitch, scale, scales);
+            if (part.is_over()) break;
+            part.choose();
+            part.load();
+        }
     }
     __syncwarp();
     note(a.trace, LLA_BLOCK_STAGED);
@@ -192,7 +206,7 @@ __global__ void __launch_bounds__(32 * W, 32 / W) linear_kernel(const Linear a) 
     note(a.trace, LLA_BLOCK_ENDED);
 }
 
-template <class T, Epilogue E, int W, int GROUPS>
+template <class T, Epilogue E, int GROUPS>
 lla_status launch_groups(const lla_cuda_ctx *ctx, const char *name, const Linear &a, bool *done) {
     const size_t ntiles = tiles_of(a.n), rows = a.max_rows < COLS ? a.max_rows : COLS,
                  sums = W * 16 * COLS * sizeof(float);
@@ -203,28 +217,28 @@ lla_status launch_groups(const lla_cuda_ctx *ctx, const char *name, const Linear
     const size_t smem = least + (ntiles > grid ? sums : 0);
     *done = smem + COLS * sizeof(float) <= ctx->max_smem; /* with the norms' scales */
     if (!*done) return LLA_OK;
-    return launch(ctx, name, linear_kernel<T, E, W, GROUPS>, dim3(grid, (unsigned)((a.max_rows + COLS - 1) / COLS)),
-                  32 * W, smem, a);
+    auto *kernel = linear_kernel<T, E, GROUPS, false>;
+    if constexpr (E != ADD)
+        if (rows >= BY_ROW_FROM) kernel = linear_kernel<T, E, GROUPS, true>;
+    return launch(ctx, name, kernel, dim3(grid, (unsigned)((a.max_rows + COLS - 1) / COLS)), 32 * W, smem, a);
 }
 
 /* The deepest ring that fits. Results do not depend on it. */
-template <class T, Epilogue E, int W>
-lla_status launch_few(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
+template <class T, Epilogue E> lla_status launch_few(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
     bool done = false;
-    if constexpr (E == SWIGLU || E == STORE) LLA_TRY((launch_groups<T, E, W, STREAM_GROUPS>(ctx, name, a, &done)));
-    if (!done) LLA_TRY((launch_groups<T, E, W, TILE_GROUPS>(ctx, name, a, &done)));
-    if (!done) LLA_TRY((launch_groups<T, E, W, 2>(ctx, name, a, &done)));
+    if constexpr (E == SWIGLU || E == STORE) LLA_TRY((launch_groups<T, E, STREAM_GROUPS>(ctx, name, a, &done)));
+    if constexpr (E == ADD)
+        if (tiles_of(a.k) > (size_t)W * TILE_GROUPS * DEPTH)
+            LLA_TRY((launch_groups<T, E, LONG_GROUPS>(ctx, name, a, &done)));
+    if (!done) LLA_TRY((launch_groups<T, E, TILE_GROUPS>(ctx, name, a, &done)));
+    if (!done) LLA_TRY((launch_groups<T, E, 2>(ctx, name, a, &done)));
     return done ? LLA_OK : linear_any<T, E>(ctx, name, a);
 }
 
 template <class T, Epilogue E> lla_status dispatch(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
     if constexpr (!std::is_same<T, float>::value) {
-        if (has_many_rows<T>(a)) return linear_many<T, E>(ctx, name, a);
-        if (a.k % LLA_TILE == 0 && a.half % 8 == 0) {
-            if constexpr (E == ADD)
-                if (part_bits<E>(a.k) == 4) return launch_few<T, E, 16>(ctx, name, a);
-            return launch_few<T, E, 8>(ctx, name, a);
-        }
+        if (has_many_rows<T, E>(ctx, a)) return linear_many<T, E>(ctx, name, a);
+        if (a.k % LLA_TILE == 0 && a.half % 8 == 0) return launch_few<T, E>(ctx, name, a);
     }
     return linear_any<T, E>(ctx, name, a);
 }

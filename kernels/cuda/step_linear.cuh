@@ -140,14 +140,11 @@ template <class T, Epilogue E> lla_status linear_many(const lla_cuda_ctx *ctx, c
 /* The product for shapes that the others do not take; see step_linear_any.cu. */
 template <class T, Epilogue E> lla_status linear_any(const lla_cuda_ctx *ctx, const char *name, const Linear &a);
 
-/* Whether linear_many() takes it: 16-bit elements, more than eight rows, rows that lie on 16 bytes. */
-template <class T> bool has_many_rows(const Linear &a) {
-    return sizeof(T) == 2 && a.max_rows > 8 && a.k % 8 == 0;
-}
-
-/* log2 of the parts that K is cut into: eight, or sixteen where K is long (nodes.h). */
-template <Epilogue E> __host__ __device__ constexpr unsigned part_bits(size_t k) {
-    return E == ADD && k >= 4096 ? 4 : 3;
+/* Whether linear_many() takes it: 16-bit elements, rows that lie on 16 bytes, and more than eight of them; or fewer,
+ * where a cluster can share K, and fetching x would take a block that has all of K too long. */
+template <class T, Epilogue E> bool has_many_rows(const lla_cuda_ctx *ctx, const Linear &a) {
+    const bool can_split = ctx->compute >= 90 && (E == QKV || E == ADD);
+    return sizeof(T) == 2 && a.k % 8 == 0 && a.max_rows > (!can_split ? 8 : a.k < 4096 ? 4 : 2);
 }
 
 #endif

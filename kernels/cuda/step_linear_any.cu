@@ -9,7 +9,8 @@
 
 namespace {
 
-enum { COLS = 8 }; /* rows of x that a block takes: columns of the tensor core's operand */
+enum { W = PARTS }; /* warps of a block, each with a part of K */
+enum { COLS = 8 };  /* rows of x that a block takes: columns of the tensor core's operand */
 
 /* Registers hold 2 DEPTH pieces of 16 bytes a thread: with two blocks on an SM, 48 to 96 KB in flight. */
 enum { DEPTH = 6 };
@@ -72,8 +73,7 @@ template <bool PADDED> struct Multiply<float, PADDED> {
 };
 
 /* staged [rows, pitch] = rows first .. first + rows of x as they are. */
-template <class T, int W>
-__device__ void stage_plain(const Linear &a, size_t first, size_t rows, T *staged, size_t pitch) {
+template <class T> __device__ void stage_plain(const Linear &a, size_t first, size_t rows, T *staged, size_t pitch) {
     constexpr int UNIT = 16 / sizeof(T);
     if (a.k % UNIT == 0) {
         const size_t units = a.k / UNIT;
@@ -93,8 +93,7 @@ __device__ void stage_plain(const Linear &a, size_t first, size_t rows, T *stage
 
 /* Up to eight rows a block (blockIdx.y chooses which); row tiles blockIdx.x, + gridDim.x, ... STAGED: the rows of x go
  * to shared memory first, normed where there is a norm; otherwise they are read where they lie. */
-template <class T, Epilogue E, bool STAGED, int W>
-__global__ void __launch_bounds__(32 * W, W == 8 ? 2 : 1) linear_kernel(const Linear a) {
+template <class T, Epilogue E, bool STAGED> __global__ void __launch_bounds__(32 * W, 2) linear_kernel(const Linear a) {
     LLA_DYNAMIC_SHARED(smem, 16);
     __shared__ Slot slots[E == QKV ? COLS : 1];
     float *sums = reinterpret_cast<float *>(smem);                           /* [W][16][COLS] */
@@ -141,7 +140,7 @@ __global__ void __launch_bounds__(32 * W, W == 8 ? 2 : 1) linear_kernel(const Li
         if (a.norm)
             stage_norm<T, W, false>(a, first, rows, staged, pitch, warp, lane);
         else
-            stage_plain<T, W>(a, first, rows, staged, pitch);
+            stage_plain<T>(a, first, rows, staged, pitch);
         __syncthreads();
         note(a.trace, LLA_BLOCK_STAGED);
     }
@@ -196,26 +195,18 @@ __global__ void __launch_bounds__(32 * W, W == 8 ? 2 : 1) linear_kernel(const Li
     note(a.trace, LLA_BLOCK_ENDED);
 }
 
-/* Warps of a block: one for each part of K. */
-template <Epilogue E> size_t warps_for(const Linear &a) {
-    return (size_t)1 << part_bits<E>(a.k);
-}
-
 /* Bytes of shared memory of a block, for the rows that the bucket can have. */
 template <class T, Epilogue E> size_t shared_bytes(const Linear &a, bool staged) {
     const size_t pitch = tiles_of(a.k) * LLA_TILE + 16 / sizeof(T), rows = a.max_rows < COLS ? a.max_rows : COLS;
-    return warps_for<E>(a) * 16 * COLS * sizeof(float) + (staged ? rows * pitch * sizeof(T) : 0);
+    return W * 16 * COLS * sizeof(float) + (staged ? rows * pitch * sizeof(T) : 0);
 }
 
 template <class T, Epilogue E, bool STAGED>
 lla_status launch_linear(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
     const size_t ntiles = a.half ? (a.n / 2 + 7) / 8 : tiles_of(a.n), smem = shared_bytes<T, E>(a, STAGED);
-    const bool deep = warps_for<E>(a) == 16;
-    const size_t resident = (size_t)ctx->sm_count * (!deep && smem <= ctx->max_smem / 2 ? 2 : 1);
+    const size_t resident = (size_t)ctx->sm_count * (smem <= ctx->max_smem / 2 ? 2 : 1);
     const dim3 grid((unsigned)(ntiles < resident ? ntiles : resident), (unsigned)((a.max_rows + COLS - 1) / COLS));
-    if constexpr (E == ADD)
-        if (deep) return launch(ctx, name, linear_kernel<T, E, STAGED, 16>, grid, 512, smem, a);
-    return launch(ctx, name, linear_kernel<T, E, STAGED, 8>, grid, 256, smem, a);
+    return launch(ctx, name, linear_kernel<T, E, STAGED>, grid, 32 * W, smem, a);
 }
 
 } // namespace

@@ -9,8 +9,8 @@
  * A tile's parts of K (nodes.h) are summed in one of two ways, with the same bits:
  *   whole: the warp goes through the parts one after the other and adds each to a total in its registers. This wants
  *     as many row tiles as there are warps on the GPU: gate and up, and the head.
- *   split: eight blocks, a thread-block cluster, share the row tiles, and each takes an eighth of K, one part or two; a
- *     block reads only its eighth of x. The parts' sums meet in the cluster's shared memory: block b gets those of
+ *   split: eight blocks, a thread-block cluster, share the row tiles, and each takes a part of K; a block reads only
+ *     its eighth of x. The parts' sums meet in the cluster's shared memory: block b gets those of
  *     columns 8 b .. 8 b + 7, and adds them in order. Clusters exist from sm_90 on. */
 #include "step_linear.cuh"
 #include "step_many.h"
@@ -21,7 +21,7 @@ enum {
     KS = 4,          /* column tiles of a stage */
     ROW_BYTES = 128, /* of x in a stage: eight units of 16 bytes, swizzled by row */
     PIECE = 512,     /* bytes of a 16 x 16 tile of weights, or of a 16 x 8 one of sums */
-    CLUSTER = 8,     /* blocks that share K */
+    CLUSTER = PARTS, /* blocks that share K, a part each */
     MAX_WARPS = 12,  /* of a block; of one in a cluster: */
     MAX_WARPS_SPLIT = 14,
 };
@@ -48,28 +48,26 @@ template <class T> __global__ void __launch_bounds__(THREADS) norm_kernel(const 
                                threadIdx.x % 32);
 }
 
-/* 8 NT columns a block (blockIdx.y chooses which). SPLIT: K is split over a cluster, and the block works on Q parts of
- * it at once; its warps are [Q][slots]. STAGES of the ring: all but one are on their way while one is multiplied. */
-template <class T, int NT, Epilogue E, bool SPLIT, int Q, int STAGES>
+/* 8 NT columns a block (blockIdx.y chooses which). SPLIT: K is split over a cluster. STAGES of the ring: all but one
+ * are on their way while one is multiplied. */
+template <class T, int NT, Epilogue E, bool SPLIT, int STAGES>
 __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
     many_kernel(const Linear a, const Shape s) {
     LLA_DYNAMIC_SHARED(smem, 128);
-    constexpr unsigned COLS = 8 * NT, X_BYTES = Q * COLS * ROW_BYTES;
-    constexpr unsigned PARTS = CLUSTER * Q; /* of a split K */
+    constexpr unsigned COLS = 8 * NT, X_BYTES = COLS * ROW_BYTES;
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    const unsigned bits = part_bits<E>(a.k), parts = 1u << bits;
     const unsigned rank = SPLIT ? blockIdx.x % CLUSTER : 0, team = SPLIT ? blockIdx.x / CLUSTER : blockIdx.x;
-    const unsigned slot = warp % s.slots, q = warp / s.slots; /* the warp's row tile and part */
-    /* shared memory: the ring [ring][x [Q][COLS][ROW_BYTES], weights [warps][KS][PIECE]]; split: a barrier, what goes
-     * to the cluster's blocks and what comes from them, [CLUSTER][Q][boxes][PIECE] each */
+    const unsigned slot = warp; /* of the row tiles that the block works on */
+    /* shared memory: the ring [ring][x [COLS][ROW_BYTES], weights [warps][KS][PIECE]]; split: a barrier, what goes
+     * to the cluster's blocks and what comes from them, [CLUSTER][boxes][PIECE] each */
     const unsigned stage_bytes = X_BYTES + warps * KS * PIECE;
     const uint32_t ring = shared_address(smem), barrier = ring + s.box, outbox = s.overlaid ? ring : barrier + 128;
 
     /* The order in which stages are filled and used: round by round of row tiles, part by part, piece by piece. */
-    const unsigned pieces = ((s.ktiles + parts - 1) / parts + KS - 1) / KS; /* of the longest part */
-    const unsigned parts_in_turn = SPLIT ? 1 : parts, round_tiles = s.teams * s.slots;
+    const unsigned pieces = ((s.ktiles + PARTS - 1) / PARTS + KS - 1) / KS; /* of the longest part */
+    const unsigned parts_in_turn = SPLIT ? 1 : PARTS, round_tiles = s.teams * s.slots;
     const unsigned stages = (s.ntiles + round_tiles - 1) / round_tiles * parts_in_turn * pieces;
-    auto part_start = [&](unsigned p) { return s.ktiles * p >> bits; };
+    auto part_start = [&](unsigned p) { return s.ktiles * p / PARTS; };
 
     struct Request { /* what the next stage to be filled holds */
         unsigned tile, part, piece, stage;
@@ -77,7 +75,7 @@ __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
         const char *w;    /* this lane's 16 bytes of the first */
     } ask = {};
     auto ask_part = [&] {
-        const unsigned p = SPLIT ? rank * Q + q : ask.part;
+        const unsigned p = SPLIT ? rank : ask.part;
         ask.kt = part_start(p);
         ask.end = ask.tile < s.ntiles ? part_start(p + 1) : 0;
         ask.w = (const char *)a.w + ((size_t)ask.tile * s.ktiles + ask.kt) * PIECE + lane * 16;
@@ -107,10 +105,11 @@ __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
 
     /* Block n + NT (slot % SPREAD) of the cluster adds the sums of columns 8 n .. 8 n + 7 of a slot's tile. */
     constexpr unsigned SPREAD = CLUSTER / NT;
-    const unsigned boxes = (s.slots + SPREAD - 1) / SPREAD, box_bytes = Q * boxes * PIECE;
-    const uint32_t inbox = barrier + 128 + (s.overlaid ? 0 : CLUSTER * box_bytes); /* [CLUSTER][Q]: parts in order */
+    const unsigned boxes = (s.slots + SPREAD - 1) / SPREAD, box_bytes = boxes * PIECE;
+    const uint32_t inbox = barrier + 128 + (s.overlaid ? 0 : CLUSTER * box_bytes); /* [CLUSTER]: parts in order */
     unsigned round = 0;
 
+    note(a.trace, LLA_BLOCK_BEGAN);
     pdl_launch_next();
     if (SPLIT) {
         if (threadIdx.x == 0) mbarrier_init(barrier, 1);
@@ -129,10 +128,10 @@ __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
     /* eight lanes a row */
     auto request_x = [&](unsigned part, unsigned piece, unsigned stage) {
         const unsigned unit = lane % 8;
-        for (unsigned r = 4 * warp + lane / 8; r < Q * COLS; r += 4 * warps) {
-            const unsigned p = SPLIT ? rank * Q + r / COLS : part, row = r % COLS;
+        for (unsigned row = 4 * warp + lane / 8; row < COLS; row += 4 * warps) {
+            const unsigned p = SPLIT ? rank : part;
             const unsigned from = (part_start(p) + piece * KS) * 32 + unit * 16;
-            cp_async_16(ring + stage * stage_bytes + r * ROW_BYTES + ((unit ^ r % 8) << 4),
+            cp_async_16(ring + stage * stage_bytes + row * ROW_BYTES + ((unit ^ row % 8) << 4),
                         x + (size_t)(row * x_pitch) + from, row < rows && from < min(part_start(p + 1) * 32, x_pitch));
         }
     };
@@ -155,6 +154,7 @@ __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
     };
     if (SPLIT && E == QKV) fetch(); /* nothing of it comes from the kernel before */
     pdl_wait();
+    note(a.trace, LLA_BLOCK_FREE);
     if (!rows) { /* a block leaves when what it asked for has come */
         cp_async_commit();
         cp_async_wait<0>();
@@ -170,12 +170,13 @@ __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
     if (SPLIT && E != QKV) fetch();
 
     float acc[NT][4] = {}, total[SPLIT ? 1 : NT][4];
-    const uint32_t my_x = q * COLS * ROW_BYTES + (lane / 16 * 8 + lane % 8) * ROW_BYTES; /* for ldmatrix */
+    const uint32_t my_x = (lane / 16 * 8 + lane % 8) * ROW_BYTES; /* for ldmatrix */
     const unsigned my_unit = lane / 8 % 2, swizzle = lane % 8;
     unsigned part = 0, piece = 0, at = 0; /* what stage i holds, and where it lies */
     for (unsigned i = 0; i < stages; i++) {
         cp_async_wait<STAGES - 2>();
         __syncthreads();
+        if (i == 0) note(a.trace, LLA_BLOCK_STAGED);
         if (i + STAGES - 1 < stages) {
             request_weights();
             request_x(ask.part, ask.piece, ask.stage);
@@ -204,7 +205,7 @@ __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
                     total[n][c] = part ? total[n][c] + acc[n][c] : acc[n][c];
                     acc[n][c] = 0;
                 }
-            if (++part < parts) continue;
+            if (++part < PARTS) continue;
             part = 0;
             const unsigned tile = tile0 + slot;
             tile0 += round_tiles;
@@ -229,7 +230,7 @@ __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
 #pragma unroll
             for (unsigned n = 0; n < NT; n++) {
                 const unsigned to = n + slot % SPREAD * NT;
-                store_shared_16(outbox + (((to * Q + q) * boxes + slot / SPREAD) * 32 + lane) * 16,
+                store_shared_16(outbox + ((to * boxes + slot / SPREAD) * 32 + lane) * 16,
                                 *reinterpret_cast<const uint4 *>(acc[n]));
 #pragma unroll
                 for (int c = 0; c < 4; c++) acc[n][c] = 0;
@@ -248,7 +249,7 @@ __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
 #pragma unroll
                 for (unsigned p = 0; p < PARTS; p++) {
                     const uint4 raw =
-                        load_shared_16((p / Q == rank ? outbox : inbox) + ((p * boxes + warp) * 32 + lane) * 16);
+                        load_shared_16((p == rank ? outbox : inbox) + ((p * boxes + warp) * 32 + lane) * 16);
 #pragma unroll
                     for (int c = 0; c < 4; c++) {
                         const float v = reinterpret_cast<const float *>(&raw)[c];
@@ -270,6 +271,7 @@ __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
     }
     cp_async_wait<0>();        /* there may be fewer stages than were asked for ahead */
     if (SPLIT) cluster_wait(); /* the outbox may still be on its way */
+    note(a.trace, LLA_BLOCK_ENDED);
 }
 
 /* How `most` teams, each of up to `max_slots` row tiles at once, share the row tiles in the fewest rounds. */
@@ -286,28 +288,27 @@ Shape shape_for(size_t ntiles, size_t ktiles, size_t most, size_t max_slots) {
 }
 
 /* Launches the kernel where the GPU has the clusters and the shared memory, and says so. */
-template <class T, int NT, Epilogue E, bool SPLIT, int Q, int STAGES>
+template <class T, int NT, Epilogue E, bool SPLIT, int STAGES>
 lla_status launch_many(const lla_cuda_ctx *ctx, const char *name, const Linear &a, bool *done) {
-    auto *kernel = many_kernel<T, NT, E, SPLIT, Q, STAGES>;
+    auto *kernel = many_kernel<T, NT, E, SPLIT, STAGES>;
     const size_t ntiles = a.half ? (a.n / 2 + 7) / 8 : tiles_of(a.n), ktiles = tiles_of(a.k);
     const size_t max_warps = SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS;
     const size_t most = SPLIT ? resident_clusters(ctx, kernel, 32 * max_warps, CLUSTER) : (size_t)ctx->sm_count;
     if (!most) return LLA_OK;
-    Shape s = shape_for(ntiles, ktiles, most, max_warps / Q);
-    const size_t parts = (size_t)1 << part_bits<E>(a.k), tiles = s.teams * s.slots;
-    const size_t stages =
-        (ntiles + tiles - 1) / tiles * (SPLIT ? 1 : parts) * (((ktiles + parts - 1) / parts + KS - 1) / KS);
+    Shape s = shape_for(ntiles, ktiles, most, max_warps);
+    const size_t tiles = s.teams * s.slots, pieces = ((ktiles + PARTS - 1) / PARTS + KS - 1) / KS,
+                 stages = (ntiles + tiles - 1) / tiles * (SPLIT ? 1 : PARTS) * pieces;
     s.ring = stages < STAGES ? STAGES - 1 : STAGES;
-    size_t smem = s.ring * (Q * 8 * NT * ROW_BYTES + s.slots * Q * KS * PIECE);
+    size_t smem = s.ring * (8 * NT * ROW_BYTES + s.slots * KS * PIECE);
     if (SPLIT) {
-        const size_t boxes = CLUSTER * Q * ((s.slots * NT + CLUSTER - 1) / CLUSTER) * PIECE; /* either way */
+        const size_t boxes = CLUSTER * ((s.slots * NT + CLUSTER - 1) / CLUSTER) * PIECE; /* either way */
         s.overlaid = ntiles <= tiles;
         s.box = (unsigned)(s.overlaid && smem < boxes ? boxes : smem);
         smem = s.box + 128 + (s.overlaid ? 1 : 2) * boxes;
     }
     if (smem > ctx->max_smem) return LLA_OK;
     const dim3 grid(s.teams * (SPLIT ? CLUSTER : 1), (unsigned)((a.max_rows + 8 * NT - 1) / (8 * NT)));
-    const int threads = (int)(32 * Q * s.slots);
+    const int threads = (int)(32 * s.slots);
     if (SPLIT && !cluster_fits(kernel, grid, threads, smem, CLUSTER)) return LLA_OK;
     *done = true;
     return launch_clusters(ctx, name, kernel, grid, threads, smem, SPLIT ? CLUSTER : 1, a, s);
@@ -318,15 +319,9 @@ lla_status launch_many(const lla_cuda_ctx *ctx, const char *name, const Linear &
 template <class T, int NT, Epilogue E>
 lla_status launch_rows(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
     bool done = false;
-    if constexpr (E == ADD)
-        if (part_bits<E>(a.k) == 4) {
-            LLA_TRY((launch_many<T, NT, E, true, 2, 4>(ctx, name, a, &done)));
-            if (!done) LLA_TRY((launch_many<T, NT, E, true, 2, 3>(ctx, name, a, &done)));
-        }
-    if constexpr (E == ADD || E == QKV)
-        if (part_bits<E>(a.k) == 3) LLA_TRY((launch_many<T, NT, E, true, 1, 4>(ctx, name, a, &done)));
-    if (!done) LLA_TRY((launch_many<T, NT, E, false, 1, 4>(ctx, name, a, &done)));
-    if (!done) LLA_TRY((launch_many<T, NT, E, false, 1, 2>(ctx, name, a, &done)));
+    if constexpr (E == ADD || E == QKV) LLA_TRY((launch_many<T, NT, E, true, 4>(ctx, name, a, &done)));
+    if (!done) LLA_TRY((launch_many<T, NT, E, false, 4>(ctx, name, a, &done)));
+    if (!done) LLA_TRY((launch_many<T, NT, E, false, 2>(ctx, name, a, &done)));
     if (done) return LLA_OK;
     return lla_fail(LLA_ELIMIT, "%s: two stages do not fit in %zu bytes of shared memory", name, ctx->max_smem);
 }
