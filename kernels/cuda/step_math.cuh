@@ -129,9 +129,8 @@ template <class T> __device__ __forceinline__ void rotate(float &low, float &hig
     high = bc + as;
 }
 
-/* round(round(g / (1 + e^-g)) u) of the sums' rounded values. To 16 bits, approximations of 2^-21 do for the
- * exponential and the quotient; they are a quarter of the instructions, and a step of 256 rows has 64 of these a
- * thread. */
+/* round(round(g / (1 + e^-g)) u) of the sums' rounded values. To 16 bits, approximations of the exponential and the
+ * quotient (about 2^-21) do, with a part of the instructions. */
 template <class T> __device__ __forceinline__ T swiglu(float gate, float up) {
     gate = rounded<T>(gate);
     up = rounded<T>(up);
