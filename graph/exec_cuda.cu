@@ -91,12 +91,12 @@ static lla_status create(lla_exec_cuda *exec) {
     exec->ctx.io = exec->io[0] = g->io;
     exec->io[1] = twin_of(g);
     exec->ctx.sm_count = sms;
-    exec->ctx.compute = 10 * major + minor;
     exec->ctx.max_smem = (size_t)smem;
     /* what compute capability 9 has must be in the code, too: PTX for older GPUs that the driver compiled lacks it */
     cudaFuncAttributes code;
     CUDA_TRY(cudaFuncGetAttributes(&code, (const void *)read_kernel));
     exec->ctx.pdl = major >= 9 && code.ptxVersion >= 90;
+    exec->ctx.compute = std::min(10 * major + minor, exec->ctx.pdl ? 999 : 89);
     exec->ctx.stream = exec->stream;
 
     const size_t rope_bytes = g->plan.limits.max_seq * g->dims.head_dim * lla_dtype_size(g->dims.dtype);

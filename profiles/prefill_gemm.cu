@@ -1,7 +1,8 @@
 /* prefill_gemm.cu: tiles of step_gemm.cu against each other, and their bits against the kernels for few rows.
  *
  *   nvcc -O3 -std=c++17 -DLLA_SM90A -gencode arch=compute_90a,code=sm_90a profiles/prefill_gemm.cu
- * kernels/cuda/step_linear.cu \ kernels/cuda/step_rows.cu -x c base/status.c -o prefill_gemm */
+ * kernels/cuda/step_linear.cu kernels/cuda/step_linear_any.cu kernels/cuda/step_linear_many.cu \
+ * kernels/cuda/step_rows.cu -x c base/status.c -o prefill_gemm */
 #include "../kernels/cuda/step_gemm.cu"
 
 #include <algorithm>
@@ -166,7 +167,6 @@ template <class S> static lla_status run(Bench &b, Which which, size_t out) {
     }
     Product a = product(&b.ctx, which == W_O ? b.x : b.act, which == W_O ? b.wo : b.wdown, out, HIDDEN,
                         which == W_O ? HIDDEN : FFN);
-    a.parts = which == W_O ? 8 : 16;
     return launch_product<bf16, ADD, S>(&b.ctx, "linear_add", a);
 }
 

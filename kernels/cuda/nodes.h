@@ -44,7 +44,7 @@ struct lla_cuda_ctx {
     struct lla_dims dims;
     struct lla_io io;
     size_t rows, logits;           /* of the bucket: at most */
-    int sm_count, compute;         /* compute: capability, 80, 89, 90 */
+    int sm_count, compute;         /* compute: capability that device and code have, 80, 89, 90 */
     size_t max_smem;               /* bytes of shared memory that a block may have */
     int pdl;                       /* programmatic dependent launch on every edge */
     void *stream;                  /* cudaStream_t */

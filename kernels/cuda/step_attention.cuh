@@ -36,12 +36,6 @@ __device__ inline size_t first_new(const int32_t *positions, const int32_t *row_
     return (size_t)positions[row];
 }
 
-/* Element offset of a position's keys (or values) of KV head 0 in a layer's cache; heads are kv_block * dim apart. */
-__device__ __forceinline__ size_t cache_offset(const int32_t *table, size_t position, size_t nkvhead, size_t kv_block,
-                                               size_t dim) {
-    return ((size_t)table[position / kv_block] * nkvhead * kv_block + position % kv_block) * dim;
-}
-
 /* Whether the last of `parts` blocks has arrived at the counter, which it then leaves at zero; all threads of the block
  * call it, after their writes, and may then read the other blocks'. */
 __device__ inline bool is_last_block(int32_t *arrived, size_t parts) {

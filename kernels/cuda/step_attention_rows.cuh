@@ -146,13 +146,14 @@ __device__ __forceinline__ unsigned *counter_of(const Attention &a, const Job &j
 }
 
 /* Waits until so many warps have arrived, and says what the block then has to merge. Who gives up has said so before
- * the last one arrived, so that all that still wait know it. */
-__device__ __forceinline__ Share wait_for_row(unsigned *counter, unsigned warps) {
-    for (unsigned polls = 0;; polls++) {
+ * the last one arrived, so that all that still wait know it. `polls` goes on from row to row: a block gives up but
+ * once. */
+__device__ __forceinline__ Share wait_for_row(unsigned *counter, unsigned warps, unsigned &polls) {
+    for (;; polls++) {
         const unsigned seen =
             polls < PATIENCE ? *const_cast<volatile unsigned *>(counter) : atomicOr(counter, (unsigned)GAVE_UP);
         if (seen % LEFT == warps) return seen & GAVE_UP ? SHARE_ALL : SHARE_SLICE;
-        if (polls == PATIENCE) return SHARE_NOTHING;
+        if (polls >= PATIENCE) return SHARE_NOTHING;
     }
 }
 
@@ -452,6 +453,7 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
     }
 
     if (is_cut) {
+        unsigned polls = 0;
         jobs.rewind();
         for (item = blockIdx.x; (job = jobs.find(item)).heads; item += gridDim.x) {
             if (job.runs == 1) continue;
@@ -459,7 +461,7 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
             unsigned *counter = counter_of(a, job), before = 0;
             rows_barrier<W>(); /* nobody reads the share before */
             if (threadIdx.x == 0) {
-                s.share = wait_for_row(counter, parts * W);
+                s.share = wait_for_row(counter, parts * W, polls);
                 before = atomicAdd(counter, (unsigned)LEFT);
             }
             rows_barrier<W>();

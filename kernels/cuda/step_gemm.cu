@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(THREADS)
     if (row >= (size_t)header->nrow) return;
     const uint4 *from = reinterpret_cast<const uint4 *>(x + row * k), *weight = reinterpret_cast<const uint4 *>(norm);
     uint4 *to = reinterpret_cast<uint4 *>(out + row * k);
-    const float scale = norm_scale<T>(x + row * k, k, eps, lane);
+    const float scale = norm_scale<T, true>(x + row * k, (unsigned)k, eps, lane);
     for (size_t i = lane; i < k / UNIT; i += 32) to[i] = normed_unit<T>(from[i], weight[i], scale);
 }
 

@@ -1,5 +1,6 @@
 /* step_linear.cu: the step's matrix products: [norm +] x w^T + what follows, on packed weights (nodes.h), for up to
- * eight rows a block; step_linear_many.cu has those for more, step_linear_any.cu those for odd shapes and f32.
+ * eight rows a block; step_linear_many.cu has those for more, and where that is faster, step_linear_any.cu those for
+ * odd shapes and f32.
  *
  * Few rows are bound by the stream of weights, and by what happens while it does not flow. Every warp owns an eighth of
  * K and streams its part of a row tile through a ring in shared memory, which no other thread looks at: a lane

@@ -1,4 +1,4 @@
-/* step_linear_many.cu: the step's matrix products for 9 to 64 rows a block: x w^T + what follows, on packed weights
+/* step_linear_many.cu: the step's matrix products for up to 64 rows a block: x w^T + what follows, on packed weights
  * (nodes.h), after a norm kernel of its own where there is a norm.
  *
  * A warp takes one row tile of the weights at a time, 16 rows, and multiplies it with all of the block's columns (rows

@@ -20,7 +20,7 @@ template <class T> __device__ __forceinline__ float2 unpack_pair(uint32_t bits) 
 /* 1 / sqrt(mean + eps). It stands between two loads on a step's critical path; approximations of 2^-22 do to 16 bits.
  */
 template <class T> __device__ __forceinline__ float norm_scale_of(float sum, unsigned k, float eps) {
-    if (sizeof(T) == 2) return rsqrtf(__fdividef(sum, (float)k) + eps);
+    if (sizeof(T) == 2) return rsqrtf(__fadd_rn(__fdividef(sum, (float)k), eps));
     return 1.0f / sqrtf(sum / (float)k + eps);
 }
 
@@ -130,7 +130,7 @@ template <class T> __device__ __forceinline__ void rotate(float &low, float &hig
 }
 
 /* round(round(g / (1 + e^-g)) u) of the sums' rounded values. To 16 bits, approximations of the exponential and the
- * quotient (about 2^-21) do, with a part of the instructions. */
+ * quotient do, with a part of the instructions. */
 template <class T> __device__ __forceinline__ T swiglu(float gate, float up) {
     gate = rounded<T>(gate);
     up = rounded<T>(up);
