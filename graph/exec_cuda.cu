@@ -96,7 +96,7 @@ static lla_status create(lla_exec_cuda *exec) {
     cudaFuncAttributes code;
     CUDA_TRY(cudaFuncGetAttributes(&code, (const void *)read_kernel));
     exec->ctx.pdl = major >= 9 && code.ptxVersion >= 90;
-    exec->ctx.compute = std::min(10 * major + minor, exec->ctx.pdl ? 999 : 89);
+    exec->ctx.compute = exec->ctx.pdl ? 10 * major + minor : std::min(10 * major + minor, 89);
     exec->ctx.stream = exec->stream;
 
     const size_t rope_bytes = g->plan.limits.max_seq * g->dims.head_dim * lla_dtype_size(g->dims.dtype);

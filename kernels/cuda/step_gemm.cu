@@ -89,16 +89,11 @@ __global__ void __launch_bounds__(S::THREADS_, S::RESIDENT) product_kernel(const
 template <class T>
 __global__ void __launch_bounds__(THREADS)
     norm_kernel(const lla_step_header *header, const T *x, const T *norm, size_t k, float eps, T *out) {
-    constexpr int UNIT = 16 / sizeof(T);
     const size_t row = blockIdx.x * (size_t)WARPS + threadIdx.x / 32;
-    const int lane = threadIdx.x % 32;
     pdl_launch_next();
     pdl_wait();
     if (row >= (size_t)header->nrow) return;
-    const uint4 *from = reinterpret_cast<const uint4 *>(x + row * k), *weight = reinterpret_cast<const uint4 *>(norm);
-    uint4 *to = reinterpret_cast<uint4 *>(out + row * k);
-    const float scale = norm_scale<T, true>(x + row * k, (unsigned)k, eps, lane);
-    for (size_t i = lane; i < k / UNIT; i += 32) to[i] = normed_unit<T>(from[i], weight[i], scale);
+    norm_row<T>(x + row * k, norm, (unsigned)k, eps, out + row * k, threadIdx.x % 32);
 }
 
 template <class T> lla_status launch_norm(const lla_cuda_ctx *ctx, size_t x, size_t norm, size_t normed) {

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(S::THREADS_ + 128, 1)
     if (warp >= S::WARPS_M) { /* those that fill the ring */
         give_registers<24>();
         if (threadIdx.x != S::WARPS_M * 32) return;
-        unsigned stage = 0, parity = 1; /* of the next piece, behind those that are asked for ahead */
+        unsigned stage = 0, parity = 0; /* of the next piece, behind those that are asked for ahead */
         const auto copy_w = [&](unsigned piece, unsigned at) {
             barrier_arrive_for(full + 8 * at, S::STAGE_BYTES);
             copy_boxes(base + at * S::STAGE_BYTES, &w_map, 0, k_first + piece * KT, tile0, full + 8 * at);
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(S::THREADS_ + 128, 1)
         pdl_wait();
         for (unsigned i = 0; i < ahead; i++) copy_x(i, i);
         for (unsigned i = ahead; i < pieces; i++) {
-            barrier_wait(empty + 8 * stage, parity ^ 1);
+            barrier_wait(empty + 8 * stage, parity);
             copy_w(i, stage);
             copy_x(i, stage);
             if (++stage == S::STAGES) {

@@ -57,7 +57,6 @@ __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
     constexpr unsigned COLS = 8 * NT, X_BYTES = COLS * ROW_BYTES;
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const unsigned rank = SPLIT ? blockIdx.x % CLUSTER : 0, team = SPLIT ? blockIdx.x / CLUSTER : blockIdx.x;
-    const unsigned slot = warp; /* of the row tiles that the block works on */
     /* shared memory: the ring [ring][x [COLS][ROW_BYTES], weights [warps][KS][PIECE]]; split: a barrier, what goes
      * to the cluster's blocks and what comes from them, [CLUSTER][boxes][PIECE] each */
     const unsigned stage_bytes = X_BYTES + warps * KS * PIECE;
@@ -81,7 +80,7 @@ __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
         ask.w = (const char *)a.w + ((size_t)ask.tile * s.ktiles + ask.kt) * PIECE + lane * 16;
     };
     auto ask_first = [&] {
-        ask.tile = team * s.slots + slot;
+        ask.tile = team * s.slots + warp;
         ask.part = ask.piece = ask.stage = 0;
         ask_part();
     };
@@ -103,7 +102,7 @@ __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
         for (unsigned d = 0; d < KS; d++) cp_async_16(to + d * PIECE, ask.w + d * PIECE, ask.kt + d < ask.end);
     };
 
-    /* Block n + NT (slot % SPREAD) of the cluster adds the sums of columns 8 n .. 8 n + 7 of a slot's tile. */
+    /* Block n + NT (warp % SPREAD) of the cluster adds the sums of columns 8 n .. 8 n + 7 of that warp's tile. */
     constexpr unsigned SPREAD = CLUSTER / NT;
     const unsigned boxes = (s.slots + SPREAD - 1) / SPREAD, box_bytes = boxes * PIECE;
     const uint32_t inbox = barrier + 128 + (s.overlaid ? 0 : CLUSTER * box_bytes); /* [CLUSTER]: parts in order */
@@ -207,7 +206,7 @@ __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
                 }
             if (++part < PARTS) continue;
             part = 0;
-            const unsigned tile = tile0 + slot;
+            const unsigned tile = tile0 + warp;
             tile0 += round_tiles;
             if (tile >= s.ntiles) continue;
             /* c0, c1 of a fragment are weight row g, columns 2t and 2t + 1; c2, c3 row g + 8 */
@@ -229,8 +228,8 @@ __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
             cluster_wait(); /* every block of the cluster runs, and has read the sums of the round before */
 #pragma unroll
             for (unsigned n = 0; n < NT; n++) {
-                const unsigned to = n + slot % SPREAD * NT;
-                store_shared_16(outbox + ((to * boxes + slot / SPREAD) * 32 + lane) * 16,
+                const unsigned to = n + warp % SPREAD * NT;
+                store_shared_16(outbox + ((to * boxes + warp / SPREAD) * 32 + lane) * 16,
                                 *reinterpret_cast<const uint4 *>(acc[n]));
 #pragma unroll
                 for (int c = 0; c < 4; c++) acc[n][c] = 0;

@@ -17,8 +17,7 @@ template <class T> __device__ __forceinline__ float2 unpack_pair(uint32_t bits) 
     return make_float2(to_float<T>(pair[0]), to_float<T>(pair[1]));
 }
 
-/* 1 / sqrt(mean + eps). It stands between two loads on a step's critical path; approximations of 2^-22 do to 16 bits.
- */
+/* 1 / sqrt(mean + eps). It stands between two loads on a step's critical path; to 16 bits, approximations do. */
 template <class T> __device__ __forceinline__ float norm_scale_of(float sum, unsigned k, float eps) {
     if (sizeof(T) == 2) return rsqrtf(__fadd_rn(__fdividef(sum, (float)k), eps));
     return 1.0f / sqrtf(sum / (float)k + eps);
