@@ -215,6 +215,7 @@ Product product(const lla_cuda_ctx *ctx, size_t x, size_t w, size_t out, size_t 
     a.out = ctx->arena + out;
     a.n = (unsigned)n;
     a.k = (unsigned)k;
+    a.trace = ctx->trace;
     return a;
 }
 

@@ -27,6 +27,7 @@ struct Product {
     const int32_t *positions, *row_seq, *table;
     void *q, *k_cache, *v_cache;
     unsigned nhead, nkvhead, head_dim, kv_block, max_blocks;
+    lla_block_times *trace;
 };
 
 __device__ __forceinline__ unsigned rows_of(const Product &a) {
@@ -166,6 +167,24 @@ __device__ __forceinline__ size_t slot_of(const Product &a, unsigned row) {
     const unsigned position = (unsigned)a.positions[row];
     const size_t block = (size_t)a.table[(size_t)a.row_seq[row] * a.max_blocks + position / a.kv_block];
     return (block * a.nkvhead * a.kv_block + position % a.kv_block) * a.head_dim;
+}
+
+/* Asks for what finish<T, QKV>() will need beside the sums of a row tile and COUNT rows, in the first-level cache:
+ * bias, angles, places in the cache. All of it is there before the step's first kernel. */
+template <class T, int COUNT>
+__device__ __forceinline__ void prefetch_operands(const Product &a, unsigned tile, unsigned row0, unsigned rows,
+                                                  unsigned lane) {
+    const unsigned head = tile * 8 / a.half, at = tile * 8 % a.half;
+    if (head >= a.nhead + 2 * a.nkvhead) return;
+    prefetch_l1((const T *)a.bias + head * a.head_dim + at + lane % 2 * a.half);
+#pragma unroll 1
+    for (unsigned row = row0 + lane; row < row0 + COUNT && row < rows; row += 32) {
+        const unsigned position = (unsigned)a.positions[row];
+        const T *rope = (const T *)a.rope + (size_t)position * a.head_dim + at;
+        prefetch_l1(rope);
+        prefetch_l1(rope + a.half);
+        prefetch_l1(a.table + (size_t)a.row_seq[row] * a.max_blocks + position / a.kv_block);
+    }
 }
 
 /* Writes a warp's sums: tiles of 16 weight rows from `tile0`, rows of the step from `row0`. Rounded sums of eight rows

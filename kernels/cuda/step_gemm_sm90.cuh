@@ -34,6 +34,8 @@ template <class S> struct Cursor {
 
 /* Threads that fill the ring: a group of four warps can give its registers to the others, else a warp will do. */
 template <class S> constexpr int FILLERS = S::WARPS_M > 4 ? 128 : 32;
+template <class S> constexpr int REGISTERS = S::WARPS_M == 12 ? 160 : 240; /* then, of a thread that multiplies */
+template <class S> constexpr int AT_ENTRY = 65536 / (S::THREADS_ + FILLERS<S>) / 8 * 8;
 
 /* STEP: k-tiles that are multiplied between two waits: 2 where all parts of K are whole pairs of them, else 1. */
 template <class T, Epilogue E, class S, int STEP>
@@ -45,8 +47,11 @@ __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
     __shared__ uint64_t barriers[2][S::STAGES];
     constexpr int NI = S::NI, KT = S::KT;
     static_assert(S::MI == 1 && S::WARPS_N == 1 && S::WARPS_M % 4 == 0, "a warp has 16 weight rows and all rows of x");
+    static_assert(FILLERS<S> == 32 || (REGISTERS<S> - AT_ENTRY<S>)*S::THREADS_ <= (AT_ENTRY<S> - 24) * 128,
+                  "a block waits for ever for registers that nobody gives");
     static_assert(KT == 4 && S::BN <= 256, "a box of x: 128 bytes of at most 256 rows");
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    note(a.trace, LLA_BLOCK_BEGAN);
     const unsigned ktiles = (a.k + 15) / 16, pieces = (ktiles + KT - 1) / KT, ntiles = (a.n + 15) / 16;
     const uint32_t base = (shared_address(smem) + 1023) / 1024 * 1024;
     const uint32_t full = shared_address(barriers[0]), empty = shared_address(barriers[1]);
@@ -95,13 +100,17 @@ __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
         return;
     }
 
-    if constexpr (FILLERS<S> == 128) take_registers<S::WARPS_M == 12 ? 160 : 240>();
+    if constexpr (FILLERS<S> == 128) take_registers<REGISTERS<S>>();
+    if (E == QKV && blockIdx.x < tiles)
+        prefetch_operands<T, S::BN>(a, blockIdx.x / columns * HEIGHT + warp, blockIdx.x % columns * S::BN, rows, lane);
     pdl_wait(); /* results are added to what the kernels before wrote */
+    note(a.trace, LLA_BLOCK_FREE);
     const uint32_t w_at = base + warp * KT * 512 + lane * 16;
     uint4 w[KT];
     Cursor<S> at = {blockIdx.x};
     if (at.tile < tiles) {
         barrier_wait(full, 0);
+        note(a.trace, LLA_BLOCK_STAGED);
         w[0] = load_shared_16(w_at);
         w[1] = load_shared_16(w_at + 512);
     }
@@ -155,6 +164,7 @@ __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
         if (lane == 0) barrier_arrive(before);
         finish<T, E, S>(a, sums[0], tile / columns * HEIGHT + warp, tile % columns * S::BN, rows, lane);
     }
+    note(a.trace, LLA_BLOCK_ENDED);
 #endif
 }
 

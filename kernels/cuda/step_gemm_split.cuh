@@ -47,6 +47,7 @@ __global__ void __launch_bounds__(S::THREADS_ + 128, 1)
     __shared__ uint4 zeros[32];
     constexpr int NI = S::NI, KT = S::KT;
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    note(a.trace, LLA_BLOCK_BEGAN);
     const uint32_t base = (shared_address(smem) + 1023) / 1024 * 1024;
     const uint32_t full = shared_address(barriers[0]), empty = shared_address(barriers[1]);
     if (threadIdx.x < 32) zeros[threadIdx.x] = make_uint4(0, 0, 0, 0);
@@ -95,6 +96,7 @@ __global__ void __launch_bounds__(S::THREADS_ + 128, 1)
 
     take_registers<S::REGISTERS>();
     pdl_wait(); /* results are added to what the kernels before wrote */
+    note(a.trace, LLA_BLOCK_FREE);
     const uint32_t w_at = base + warp * KT * 512 + lane * 16, zeros_at = shared_address(&zeros[lane]);
     const auto load = [&](uint32_t place, bool inside) {
         return load_shared_16(inside ? w_at + place : zeros_at); /* what is not inside is the next part's */
@@ -105,6 +107,7 @@ __global__ void __launch_bounds__(S::THREADS_ + 128, 1)
     unsigned left = k_last - k_first;                      /* column tiles */
     int accumulate = 0;
     barrier_wait(full, 0);
+    note(a.trace, LLA_BLOCK_STAGED);
     w[0] = load(0, true);
     w[1] = load(512, left > 1);
 #pragma unroll 1
@@ -138,15 +141,51 @@ __global__ void __launch_bounds__(S::THREADS_ + 128, 1)
     wgmma_wait<0>();
     wgmma_arrived(part);
 
+    if (E == ADD && lane < 8 * S::SUMMED) { /* what the sums are added to, for finish() */
+        const unsigned row = row0 + rank * (8 * S::SUMMED) + lane;
+        if (row < rows && (tile0 + warp) * 16 < a.n)
+            prefetch_l1((const T *)a.out + (size_t)row * a.n + (tile0 + warp) * 16);
+    }
     cluster_arrive(); /* nobody reads the ring any more */
     cluster_wait();
     const uint32_t box = base + warp * 512 + lane * 16;
+    /* Warps and blocks begin with different blocks: all at once to one take 4 us longer at 256 rows. Registers have no
+     * index, so each beginning has code of its own. */
+    const auto send_from = [&](unsigned first) {
 #pragma unroll
-    for (unsigned to = 0; to < SHARERS; to++) {
-        if (row0 + to * (8 * S::SUMMED) >= rows) continue;
+        for (unsigned i = 0; i < SHARERS; i++) {
+            const unsigned to = (first + i) % SHARERS;
+            if (row0 + to * (8 * S::SUMMED) >= rows) continue;
 #pragma unroll
-        for (unsigned j = 0; j < S::SUMMED; j++)
-            store_cluster_16(box + rank * S::PART_BYTES + j * (S::WARPS_M * 512), to, part[to * S::SUMMED + j]);
+            for (unsigned j = 0; j < S::SUMMED; j++)
+                store_cluster_16(box + rank * S::PART_BYTES + j * (S::WARPS_M * 512), to, part[to * S::SUMMED + j]);
+        }
+    };
+    static_assert(SHARERS == 8, "a case for each");
+    switch ((warp + rank) % SHARERS) {
+    case 0:
+        send_from(0);
+        break;
+    case 1:
+        send_from(1);
+        break;
+    case 2:
+        send_from(2);
+        break;
+    case 3:
+        send_from(3);
+        break;
+    case 4:
+        send_from(4);
+        break;
+    case 5:
+        send_from(5);
+        break;
+    case 6:
+        send_from(6);
+        break;
+    default:
+        send_from(7);
     }
     cluster_arrive();
     cluster_wait();
@@ -163,6 +202,7 @@ __global__ void __launch_bounds__(S::THREADS_ + 128, 1)
             for (int c = 0; c < 4; c++) total[0][j][c] = p ? total[0][j][c] + sums[c] : sums[c];
         }
     finish<T, E, SummedTile<S>>(a, total, tile0 + warp, row0 + rank * (8 * S::SUMMED), rows, lane);
+    note(a.trace, LLA_BLOCK_ENDED);
 #endif
 }
 
