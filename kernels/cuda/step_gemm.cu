@@ -8,6 +8,7 @@
 #include "step_gemm_sm90.cuh"
 #include "step_gemm_split.cuh"
 #include "step_many.h"
+#include "step_norm.cuh"
 
 namespace {
 
@@ -81,26 +82,6 @@ __global__ void __launch_bounds__(S::THREADS_, S::RESIDENT) product_kernel(const
                         lane);
     }
     cp_async_wait<0>();
-}
-
-/* ---- the norm before it ---- */
-
-/* out [rows, k] = the normed rows of x; one warp a row. */
-template <class T>
-__global__ void __launch_bounds__(THREADS)
-    norm_kernel(const lla_step_header *header, const T *x, const T *norm, size_t k, float eps, T *out) {
-    const size_t row = blockIdx.x * (size_t)WARPS + threadIdx.x / 32;
-    pdl_launch_next();
-    pdl_wait();
-    if (row >= (size_t)header->nrow) return;
-    norm_row<T>(x + row * k, norm, (unsigned)k, eps, out + row * k, threadIdx.x % 32);
-}
-
-template <class T> lla_status launch_norm(const lla_cuda_ctx *ctx, size_t x, size_t norm, size_t normed) {
-    char *m = ctx->arena;
-    const dim3 grid((unsigned)((ctx->rows + WARPS - 1) / WARPS));
-    return launch(ctx, "norm", norm_kernel<T>, grid, THREADS, 0, (const lla_step_header *)(m + ctx->io.header),
-                  (const T *)(m + x), (const T *)(m + norm), ctx->dims.hidden, ctx->dims.eps, (T *)(m + normed));
 }
 
 /* ---- the choice of a tile ---- */
@@ -197,8 +178,16 @@ template <Epilogue E> lla_status by_dtype(const lla_cuda_ctx *ctx, const char *n
 }
 
 lla_status norm_rows(const lla_cuda_ctx *ctx, size_t x, size_t norm, size_t normed) {
-    if (ctx->dims.dtype == LLAISYS_DTYPE_BF16) return launch_norm<__nv_bfloat16>(ctx, x, norm, normed);
-    return launch_norm<__half>(ctx, x, norm, normed);
+    char *m = ctx->arena;
+    const Norm a = {(const lla_step_header *)(m + ctx->io.header),
+                    nullptr,
+                    m + x,
+                    m + norm,
+                    m + normed,
+                    (unsigned)ctx->dims.hidden,
+                    ctx->dims.eps};
+    return ctx->dims.dtype == LLAISYS_DTYPE_BF16 ? launch_norm<__nv_bfloat16>(ctx, ctx->rows, a)
+                                                 : launch_norm<__half>(ctx, ctx->rows, a);
 }
 
 bool takes(const lla_cuda_ctx *ctx, size_t rows, size_t n, size_t k) {

@@ -14,6 +14,7 @@
  *     columns 8 b .. 8 b + 7, and adds them in order. Clusters exist from sm_90 on. */
 #include "step_linear.cuh"
 #include "step_many.h"
+#include "step_norm.cuh"
 
 namespace {
 
@@ -35,18 +36,6 @@ struct Shape {
     unsigned box;   /* split: offset of the barrier, and of the boxes behind it */
     bool overlaid;  /* one round: what goes to the other blocks lies where the ring was */
 };
-
-/* normed = norm of x, a block a row. */
-template <class T> __global__ void __launch_bounds__(THREADS) norm_kernel(const Linear a) {
-    const unsigned row = blockIdx.x;
-    pdl_launch_next();
-    const unsigned rows = (unsigned)(a.by_logit ? a.header->nlogit : a.header->nrow);
-    if (threadIdx.x * 128 < a.k * sizeof(T)) prefetch_l1((const char *)a.norm + threadIdx.x * 128);
-    pdl_wait();
-    if (row >= rows) return;
-    stage_norm<T, WARPS, true>(a, row, 1, (T *)a.normed + (size_t)row * a.k, (unsigned)a.k, threadIdx.x / 32,
-                               threadIdx.x % 32);
-}
 
 /* 8 NT columns a block (blockIdx.y chooses which). SPLIT: K is split over a cluster. STAGES of the ring: all but one
  * are on their way while one is multiplied. */
@@ -328,7 +317,10 @@ lla_status launch_rows(const lla_cuda_ctx *ctx, const char *name, const Linear &
 } // namespace
 
 template <class T, Epilogue E> lla_status linear_many(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
-    if (a.norm) LLA_TRY(launch(ctx, name, norm_kernel<T>, dim3((unsigned)a.max_rows), THREADS, 0, a));
+    if (a.norm) {
+        const Norm norm = {a.header, a.by_logit ? a.index : nullptr, a.x, a.norm, a.normed, (unsigned)a.k, a.eps};
+        LLA_TRY(launch_norm<T>(ctx, a.max_rows, norm));
+    }
     if (E == STORE && lla_many_head_takes(ctx)) return lla_many_head(ctx, a.normed, a.w, a.out);
     if (a.max_rows <= 16) return launch_rows<T, 2, E>(ctx, name, a);
     if (a.max_rows <= 32) return launch_rows<T, 4, E>(ctx, name, a);
