@@ -587,6 +587,10 @@ void llaisysEngineMeta(const struct LlaisysEngine *e, struct LlaisysQwen2Meta *m
     lla_open_meta(&e->runner->graph.plan, meta);
 }
 
+int llaisysEngineIsEnd(const struct LlaisysEngine *e, int64_t token) {
+    return e && e->runner && lla_open_is_end(&e->runner->graph.plan, token);
+}
+
 /* ---- the end ---- */
 
 int llaisysEngineDrain(struct LlaisysEngine *e, int timeout_ms) {

@@ -85,3 +85,9 @@ void lla_open_meta(const struct lla_plan *plan, struct LlaisysQwen2Meta *meta) {
                                       .theta = (float)s->theta,
                                       .end_token = s->neos ? s->eos[0] : -1};
 }
+
+bool lla_open_is_end(const struct lla_plan *plan, int64_t token) {
+    for (size_t i = 0; i < plan->spec.neos; i++)
+        if (plan->spec.eos[i] == token) return true;
+    return false;
+}

@@ -18,5 +18,7 @@ char *lla_open_plan(const struct lla_spec *spec, const struct lla_limits *limits
 
 /* The dimensions of a planned model. */
 void lla_open_meta(const struct lla_plan *plan, struct LlaisysQwen2Meta *meta);
+/* Whether a token is one of the model's end tokens. */
+bool lla_open_is_end(const struct lla_plan *plan, int64_t token);
 
 #endif

@@ -256,10 +256,7 @@ int llaisysQwen2ModelLogits(struct LlaisysQwen2Model *m, float *logits) {
 }
 
 int llaisysQwen2ModelIsEnd(const struct LlaisysQwen2Model *m, int64_t token) {
-    if (m)
-        for (size_t i = 0; i < m->runner.graph.plan.spec.neos; i++)
-            if (m->runner.graph.plan.spec.eos[i] == token) return 1;
-    return 0;
+    return m && lla_open_is_end(&m->runner.graph.plan, token);
 }
 
 void llaisysQwen2ModelMeta(const struct LlaisysQwen2Model *m, struct LlaisysQwen2Meta *meta) {

@@ -327,6 +327,10 @@ class Engine:
         LIB_LLAISYS.llaisysEngineMeta(self._handle(), ctypes.byref(meta))
         return meta
 
+    def is_end(self, token: int) -> bool:
+        """Whether the token is one of those of the model that end a text."""
+        return bool(LIB_LLAISYS.llaisysEngineIsEnd(self._handle(), token))
+
     def drain(self, timeout: float | None = None) -> None:
         """Takes no more requests and waits until all have ended; EngineBusy if time is up first."""
         timeout_ms = -1 if timeout is None else max(0, int(1000 * timeout))

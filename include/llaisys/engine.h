@@ -201,6 +201,8 @@ LLAISYS_API int llaisysEngineFd(const struct LlaisysEngine *engine);
 LLAISYS_API void llaisysEngineStats(struct LlaisysEngine *engine, struct LlaisysEngineStats *stats);
 /* The model's dimensions; maxseq is the one in force. */
 LLAISYS_API void llaisysEngineMeta(const struct LlaisysEngine *engine, struct LlaisysQwen2Meta *meta);
+/* 1 if the token is one of the model's end tokens, those of config.json and generation_config.json. */
+LLAISYS_API int llaisysEngineIsEnd(const struct LlaisysEngine *engine, int64_t token);
 
 /* Takes no more requests from now on and waits until all have ended, up to timeout_ms (as Poll): OK, or BUSY. */
 LLAISYS_API int llaisysEngineDrain(struct LlaisysEngine *engine, int timeout_ms);

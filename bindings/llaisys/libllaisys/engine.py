@@ -208,3 +208,4 @@ def load_engine(lib: CDLL) -> None:
     stats, meta = POINTER(LlaisysEngineStats), POINTER(LlaisysQwen2Meta)
     declare(lib, "llaisysEngineStats", None, engine, stats, fallible=False)
     declare(lib, "llaisysEngineMeta", None, engine, meta, fallible=False)
+    declare(lib, "llaisysEngineIsEnd", c_int, engine, c_int64, fallible=False)
