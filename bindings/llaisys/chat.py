@@ -9,7 +9,6 @@ import asyncio
 import http.client
 import json
 import os
-import select
 import sys
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
@@ -106,22 +105,17 @@ class Local:
         text = ChoiceText(choice, self._model, prepared)
         try:
             while text.finish_reason is None and choice.finish in (None, "stop", "length"):
-                self._engine_poll()
+                self._engine.poll(1.0)
                 thoughts, answer = text.read()
                 if thoughts or answer:
                     yield Piece(thoughts, answer)
         finally:
             self._engine.cancel(number)
             while choice.finish is None:
-                self._engine_poll()
+                self._engine.poll(1.0)
         if text.finish_reason is None:
             raise ChatError(choice.message or f"the answer ended: {choice.finish}")
         yield Piece(finish=text.finish_reason, usage=choice.usage(text.count))
-
-    def _engine_poll(self) -> None:
-        select.select([self._engine.fileno()], [], [], 1.0)
-        while self._engine.poll():
-            pass
 
 
 class _LocalChoice:

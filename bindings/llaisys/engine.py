@@ -287,13 +287,14 @@ class Engine:
         """
         return self._submit(request, sink)
 
-    def poll(self) -> int:
+    def poll(self, timeout: float = 0.0) -> int:
         """Hands out at most EVENTS events that are there, and returns how many there were.
 
-        The memory of requests that have ended is free again once a later call has returned.
+        Where there are none, it waits for some, or for a signal, up to timeout seconds. The memory
+        of requests that have ended is free again once a later call has returned.
         Raises EngineClosed once the engine is stopped and everything has been handed out.
         """
-        return self._pump(0)
+        return self._pump(int(1000 * timeout))
 
     def cancel(self, number: int) -> None:
         """Ends a request soon; one that has ended already is no error."""
