@@ -34,7 +34,6 @@ from .libllaisys import (
     DeviceType,
     LlaisysError,
     LlaisysQwen2Meta,
-    LlaisysQwen2Options,
 )
 from .libllaisys.engine import (
     Constraint,
@@ -48,7 +47,7 @@ from .libllaisys.engine import (
     LlaisysRequest,
     RequestError,
 )
-from .models.qwen2 import _options, _sampling
+from .options import check_sizes, model_options, sampling_options
 
 if TYPE_CHECKING:
     from typing import Self  # Python 3.11
@@ -175,15 +174,15 @@ class Engine:
         self._engine = None
         self._sinks: dict[int, Callable[[LlaisysEvent], None]] = {}  # by request
         self._loop: asyncio.AbstractEventLoop | None = None  # which waits for the descriptor
-        model = _options(device, device_ids, max_seq, prefill_chunk, threads, dtype, progress)
-        options = _engine_options(
-            model,
+        model = model_options(device, device_ids, max_seq, prefill_chunk, threads, dtype, progress)
+        sizes = check_sizes(
             max_seqs=max_seqs,
             kv_tokens=kv_tokens,
             kv_block=kv_block,
             max_queue=max_queue,
             mixed_rows=mixed_rows,
         )
+        options = LlaisysEngineOptions(model=model, **sizes)
         if max_logprobs is not None and not 0 <= max_logprobs <= 20:
             raise ValueError(f"max_logprobs: expected 0 to 20, found {max_logprobs}")
         options.max_logprobs = 0 if max_logprobs is None else max_logprobs or -1
@@ -377,7 +376,7 @@ class Engine:
         return self._engine
 
     def _submit(self, request: Request, sink: Callable[[LlaisysEvent], None]) -> int:
-        sampling = _sampling(request.top_k, request.top_p, request.temperature, request.seed)
+        sampling = sampling_options(request.top_k, request.top_p, request.temperature, request.seed)
         most = request.max_new_tokens
         if most is not None and not 0 < most < 2**63:
             raise ValueError(f"max_new_tokens: expected at least 1, found {most}")
@@ -546,8 +545,9 @@ def plan(
 
     The options are those of Engine.
     """
-    model = _options(device, device_ids, max_seq, prefill_chunk, threads, dtype, False)
-    options = _engine_options(model, max_seqs=max_seqs, kv_tokens=kv_tokens, kv_block=kv_block)
+    model = model_options(device, device_ids, max_seq, prefill_chunk, threads, dtype)
+    sizes = check_sizes(max_seqs=max_seqs, kv_tokens=kv_tokens, kv_block=kv_block)
+    options = LlaisysEngineOptions(model=model, **sizes)
     text = LIB_LLAISYS.llaisysEnginePlan(
         os.fsencode(model_path), ctypes.byref(options), format.encode()
     )
@@ -555,13 +555,6 @@ def plan(
         return ctypes.string_at(text).decode()
     finally:
         LIB_LLAISYS.llaisysFreeString(text)
-
-
-def _engine_options(model: LlaisysQwen2Options, **sizes: int | None) -> LlaisysEngineOptions:
-    for name, value in sizes.items():
-        if value is not None and not 0 < value < 2**31:  # ctypes would wrap it around
-            raise ValueError(f"{name}: expected 1 to 2**31 - 1, found {value}")
-    return LlaisysEngineOptions(model=model, **{k: v or 0 for k, v in sizes.items()})
 
 
 def _take(answer: Answer, event: LlaisysEvent) -> list[int]:

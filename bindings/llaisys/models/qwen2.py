@@ -23,9 +23,9 @@ from ..libllaisys import (
     DataType,
     DeviceType,
     LlaisysQwen2Meta,
-    LlaisysQwen2Options,
     LlaisysSampling,
 )
+from ..options import model_options, sampling_options
 
 if TYPE_CHECKING:
     from typing import Self  # Python 3.11
@@ -61,7 +61,9 @@ class Qwen2:
     ) -> None:
         self._model = None
         self._run = 0  # counts calls that take the sequence, so that a stale stream notices
-        options = _options(device, device_ids, max_seq, prefill_chunk, threads, dtype, progress)
+        options = model_options(
+            device, device_ids, max_seq, prefill_chunk, threads, dtype, progress
+        )
         self._model = LIB_LLAISYS.llaisysQwen2ModelOpen(
             os.fsencode(model_path), ctypes.byref(options)
         )
@@ -111,7 +113,7 @@ class Qwen2:
         """
         self._handle()
         ids = [operator.index(token) for token in inputs]
-        sampling = _sampling(top_k, top_p, temperature, seed)
+        sampling = sampling_options(top_k, top_p, temperature, seed)
         return self._stream(ids, self._room(ids, max_new_tokens), sampling)
 
     def _stream(self, ids: list[int], room: int, sampling: LlaisysSampling) -> Iterator[int]:
@@ -167,7 +169,7 @@ class Qwen2:
         ids = [operator.index(token) for token in tokens]
         self._check_ids(ids)
         self._run += 1
-        return self._step(ids, _sampling(top_k, top_p, temperature, seed))
+        return self._step(ids, sampling_options(top_k, top_p, temperature, seed))
 
     def _step(self, ids: list[int], sampling: LlaisysSampling) -> int:
         return LIB_LLAISYS.llaisysQwen2ModelStep(
@@ -243,7 +245,7 @@ def plan(
 
     The options are those of Qwen2. Offsets and sizes are bytes from the base of the arena.
     """
-    options = _options(device, device_ids, max_seq, prefill_chunk, threads, dtype, False)
+    options = model_options(device, device_ids, max_seq, prefill_chunk, threads, dtype)
     text = LIB_LLAISYS.llaisysQwen2Plan(
         os.fsencode(model_path), ctypes.byref(options), format.encode()
     )
@@ -251,51 +253,3 @@ def plan(
         return ctypes.string_at(text).decode()
     finally:
         LIB_LLAISYS.llaisysFreeString(text)
-
-
-def _options(
-    device: DeviceType,
-    device_ids: Sequence[int] | None,
-    max_seq: int | None,
-    prefill_chunk: int | None,
-    threads: int | None,
-    dtype: DataType | None,
-    progress: bool | None,
-) -> LlaisysQwen2Options:
-    """The C structure; ctypes keeps the array of ids alive with it."""
-    sizes = {"max_seq": max_seq, "prefill_chunk": prefill_chunk, "threads": threads}
-    for name, value in sizes.items():
-        if value is not None and not 0 < value < 2**31:  # ctypes would wrap it around
-            raise ValueError(f"{name}: expected 1 to 2**31 - 1, found {value}")
-    if device_ids is not None and not device_ids:
-        raise ValueError("device_ids: expected at least one device, found none")
-    ids = (ctypes.c_int * len(device_ids))(*device_ids) if device_ids else None
-    return LlaisysQwen2Options(
-        device=device,
-        device_ids=ids,
-        ndevice=len(device_ids) if device_ids else 0,
-        dtype=dtype if dtype is not None else DataType.INVALID,
-        maxseq=max_seq or 0,
-        prefill_chunk=prefill_chunk or 0,
-        nthread=threads or 0,
-        progress=bool(progress),
-    )
-
-
-def _sampling(
-    top_k: int | None, top_p: float | None, temperature: float | None, seed: int
-) -> LlaisysSampling:
-    """The C structure, for arguments that are checked here; None is the neutral value."""
-    top_k = 0 if top_k is None else top_k
-    top_p = 1.0 if top_p is None else top_p
-    temperature = 1.0 if temperature is None else temperature
-    if not 0 <= top_k < 2**31:
-        raise ValueError(f"top_k: expected 0 (off) or more, found {top_k}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected more than 0 and at most 1, found {top_p}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature: expected 0 (greedy) or more, found {temperature}")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed: expected 0 to 2**64 - 1, found {seed}")
-    top_p = max(top_p, 2.0**-126)  # stays above 0 as f32
-    return LlaisysSampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
