@@ -1,6 +1,7 @@
-"""llaisys.Engine: many prompts at once, streams, cancellation, limits; against Qwen2 alone."""
+"""llaisys.Engine: many prompts at once, streams, cancellation, limits; against Sequence."""
 
 import asyncio
+import ctypes
 import gc
 import json
 import os
@@ -21,7 +22,7 @@ sys.path[:0] = [str(ROOT / "bindings"), str(ROOT / "test")]
 import llaisys
 from llaisys.engine import Engine, EngineBusy, EngineClosed, Request, RequestError
 from llaisys.tokenizer import Tokenizer
-from test_utils import absence
+from test_utils import absence, step_by_step
 
 MINI = ROOT / "models" / "refrain-mini"
 DEVICES = {"cpu": llaisys.DeviceType.CPU, "nvidia": llaisys.DeviceType.NVIDIA}
@@ -60,8 +61,8 @@ def engine(device_type):
 
 @pytest.fixture(scope="module")
 def alone(device_type):
-    with llaisys.Qwen2(MINI, device_type, max_seq=MAX_SEQ) as model:
-        yield model
+    with llaisys.models.Sequence(MINI, device_type, max_seq=MAX_SEQ) as sequence:
+        yield sequence
 
 
 def idle(engine):
@@ -83,7 +84,7 @@ def test_same_as_alone(engine, alone, prompts):
     """More prompts than run at once or fit in the queue; the answers come in their order."""
     answers = engine.generate(prompts, 40)
     for prompt, answer in zip(prompts, answers, strict=True):
-        assert answer.tokens == alone.generate(prompt, 40)[len(prompt) :]
+        assert answer.tokens == step_by_step(alone, prompt, 40)
         assert answer.finish == ("stop" if alone.is_end(answer.tokens[-1]) else "length")
         assert answer.prompt_tokens == len(prompt)
         assert 0 < answer.queued_s <= answer.first_token_s <= answer.finished_s
@@ -93,7 +94,7 @@ def test_same_as_alone(engine, alone, prompts):
 def test_sampled_same_as_alone(engine, alone, prompts):
     options = {"temperature": 1.3, "top_k": 40, "top_p": 0.95, "seed": 2**64 - 1}
     for prompt, answer in zip(prompts, engine.generate(prompts, 30, **options), strict=True):
-        assert answer.tokens == alone.generate(prompt, 30, **options)[len(prompt) :]
+        assert answer.tokens == step_by_step(alone, prompt, 30, **options)
     seeds = [Request(prompts[0], 30, temperature=20.0, seed=seed) for seed in range(6)]
     assert len({tuple(answer.tokens) for answer in engine.generate(seeds)}) == 6
 
@@ -403,6 +404,11 @@ def test_plan():
             [*command, "--json", *extra], env=environment, capture_output=True, check=True
         )
         assert json.loads(done.stdout)["totals"]["total"] == total
+    # The model for one request at a time takes what a sequence takes.
+    lib, options = llaisys.libllaisys.LIB_LLAISYS, llaisys.options.model_options(max_seq=256)
+    text = lib.llaisysQwen2Plan(os.fsencode(MINI), ctypes.byref(options), b"text")
+    assert ctypes.string_at(text).decode() == llaisys.models.plan(MINI, max_seq=256)
+    lib.llaisysFreeString(text)
     with pytest.raises(llaisys.LlaisysError, match="plan format 'x'"):
         llaisys.engine.plan(MINI, format="x")
     with pytest.raises(ValueError, match="max_seqs"):

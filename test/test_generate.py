@@ -1,7 +1,10 @@
-"""Qwen2.generate, stream and step: sampling, ends, limits, errors and memory."""
+"""Qwen2.generate and stream, and Sequence: sampling, ends, limits, errors and memory."""
 
+import gc
 import json
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +21,9 @@ sys.path[:0] = [str(ROOT / name) for name in ("bindings", "tools", "test")]
 
 import llaisys
 from make_checkpoint import make_checkpoint
-from test_utils import absence
+from test_utils import absence, step_by_step
 
-Qwen2 = llaisys.models.Qwen2
+Qwen2, Sequence = llaisys.models.Qwen2, llaisys.models.Sequence
 DEVICES = {"cpu": llaisys.DeviceType.CPU, "nvidia": llaisys.DeviceType.NVIDIA}
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 TINY_VOCAB, MAX_SEQ = 23, 64
@@ -48,11 +51,23 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=DEVICES)
-def model(request, folder):
+def device_type(request):
     if reason := absence(request.param):
         pytest.skip(reason)
-    with Qwen2(folder, DEVICES[request.param], max_seq=MAX_SEQ) as model:
+    return DEVICES[request.param]
+
+
+@pytest.fixture(scope="module")
+def model(device_type, folder):
+    with Qwen2(folder, device_type, max_seq=MAX_SEQ) as model:
         yield model
+
+
+@pytest.fixture(scope="module")
+def sequence(device_type, folder):
+    """The same model on the same device, step by step."""
+    with Sequence(folder, device_type, max_seq=MAX_SEQ) as sequence:
+        yield sequence
 
 
 def set_end_tokens(path, tokens):
@@ -77,12 +92,12 @@ def test_returns_prompt_and_answer(model):
     assert model.generate(iter(PROMPT), 5) == ids
 
 
-def test_greedy_is_the_largest_logit(model):
+def test_greedy_is_the_largest_logit(model, sequence):
     ids = model.generate(PROMPT, 6)
-    model.reset()
+    sequence.reset()
     for start in range(len(PROMPT), len(ids)):
-        following = model.step(ids[model.length : start])
-        assert following == ids[start] == int(np.argmax(model.logits()))
+        following = sequence.step(ids[sequence.length : start])
+        assert following == ids[start] == int(np.argmax(sequence.logits()))
 
 
 def test_ways_to_be_greedy(model):
@@ -100,10 +115,21 @@ def test_same_answer_after_another(model):
     first = model.generate(PROMPT, 20)
     model.generate([7] * 40, 20, top_k=0, temperature=2.0)
     assert model.generate(PROMPT, 20) == first
-    model.step([1, 2, 3])
-    model.reset()
-    assert model.length == 0
-    assert model.generate(PROMPT, 20) == first
+
+
+def test_follow_up_turn_computes_what_is_new(model):
+    """Whole KV blocks of the last turns are found again, and change nothing."""
+    block = model.stats()["kv_block"]
+    first = model.generate([2] * block, 9)
+    before = model.stats()
+    turn = [*first, 5, 3]
+    second = model.generate(turn, 9)
+    after = model.stats()
+    assert after["prompt_tokens"] - before["prompt_tokens"] == len(turn)
+    assert after["cached_tokens"] - before["cached_tokens"] == block
+    assert after["rows"] - before["rows"] < len(turn)  # the answer's included
+    model.generate([9] * (MAX_SEQ - 1))  # takes all blocks
+    assert model.generate(turn, 9) == second
 
 
 # ---- sampling ----
@@ -128,6 +154,14 @@ def test_sampling_does_not_depend_on_the_path(model, folder):
     assert model.generate(ids[:15], 13, **options) == ids
 
 
+def test_sampling_is_that_of_single_steps(model, sequence):
+    """Engine and sequence draw alike: the same text for a seed, whatever computes it."""
+    for seed in (*range(20), 2**32, 2**63, 2**64 - 1):
+        for options in ((0, 1.0, 1.0), (0, 0.9, 1.5), (5, 0.95, 0.8), (None, None, None)):
+            expected = step_by_step(sequence, PROMPT, MAX_SEQ, *options, seed=seed)
+            assert list(model.stream(PROMPT, None, *options, seed=seed)) == expected
+
+
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
     [
@@ -142,15 +176,15 @@ def test_sampling_does_not_depend_on_the_path(model, folder):
         (1.0, 10**6, 1.0),
     ],
 )
-def test_distribution(model, temperature, top_k, top_p):
+def test_distribution(model, sequence, temperature, top_k, top_p):
     """Counts of the first token over seeds against the softmax of transformers' filtered logits.
 
     The seeds are fixed, so the outcome is too. Chi-square with bins of at least five expected; a
     correct sampler exceeds the limit for one in a million choices of seeds.
     """
-    model.reset()
-    model.step(PROMPT)
-    scores = torch.tensor(model.logits())[None]
+    sequence.reset()
+    sequence.step(PROMPT)
+    scores = torch.tensor(sequence.logits())[None]
     scores = TemperatureLogitsWarper(temperature)(None, scores)
     if top_k:
         scores = TopKLogitsWarper(top_k)(None, scores)
@@ -231,7 +265,7 @@ def test_fills_the_sequence(model):
     assert len(model.generate([1] * (MAX_SEQ - 1))) == MAX_SEQ
 
 
-def test_bad_arguments(model):
+def test_bad_arguments(model, sequence):
     expected = model.generate(PROMPT, 8)
     with pytest.raises(ValueError, match="empty"):
         model.generate([], 4)
@@ -240,10 +274,12 @@ def test_bad_arguments(model):
     with pytest.raises(ValueError, match=f"{MAX_SEQ} tokens"):
         model.stream([1] * MAX_SEQ)
     for token in (TINY_VOCAB, -1, 2**40):
-        with pytest.raises(ValueError, match=f"token 1 of 3: .*{TINY_VOCAB - 1}, found {token}"):
+        with pytest.raises(ValueError, match=f"token 1 of 3 is {token}, .*{TINY_VOCAB - 1}"):
             model.generate([1, token, 2], 4)
-        with pytest.raises(ValueError, match="token 0 of 1"):
-            model.step([token])
+        with pytest.raises(ValueError, match=f"token 0 of 1: .*{TINY_VOCAB - 1}, found {token}"):
+            sequence.step([token])
+    with pytest.raises(ValueError, match="64 bits"):
+        model.generate([1, 2**64, 2], 4)
     for limit in (0, -1):
         with pytest.raises(ValueError, match=f"max_new_tokens: .* {limit}"):
             model.generate(PROMPT, limit)
@@ -261,6 +297,8 @@ def test_bad_arguments(model):
     ):
         with pytest.raises(ValueError, match=f"{name}: .*{value}"):
             model.generate(PROMPT, 4, **{name: value})
+        with pytest.raises(ValueError, match=f"{name}: .*{value}"):
+            sequence.step(PROMPT, **{name: value})
     with pytest.raises(TypeError):
         model.generate(["1"], 4)
     with pytest.raises(TypeError):
@@ -268,44 +306,126 @@ def test_bad_arguments(model):
     assert model.generate(PROMPT, 8) == expected
 
 
-def test_failed_step_leaves_the_sequence(model):
-    model.reset()
-    model.step(PROMPT)
-    logits, following = model.logits(), model.step([1])
-    model.reset()
-    model.step(PROMPT)
+def test_failed_step_leaves_the_sequence(sequence):
+    sequence.reset()
+    assert sequence.length == 0
+    sequence.step(PROMPT)
+    logits, following = sequence.logits(), sequence.step([1])
+    sequence.reset()
+    sequence.step(PROMPT)
     for tokens in ([], [1] * MAX_SEQ):
         with pytest.raises(llaisys.LlaisysError):
-            model.step(tokens)
-    assert model.length == len(PROMPT)
-    assert model.logits() == logits
-    assert model.step([1]) == following
+            sequence.step(tokens)
+    assert sequence.length == len(PROMPT)
+    assert sequence.logits() == logits
+    assert sequence.step([1]) == following
 
 
 def test_logits_need_a_step(folder):
-    with Qwen2(folder) as model, pytest.raises(llaisys.LlaisysError):
-        model.logits()
+    with Sequence(folder) as sequence, pytest.raises(llaisys.LlaisysError):
+        sequence.logits()
 
 
-def test_stale_stream(model):
+# ---- streams ----
+
+
+def idle(model):
+    """Waits until nothing is computed, and checks that every KV block has come back."""
+    for _ in range(1000):
+        stats = model.stats()
+        if not stats["running"] and not stats["waiting"]:
+            break
+        time.sleep(0.005)
+    assert stats["running"] == stats["waiting"] == stats["kv_active"] == 0
+
+
+def test_another_answer_ends_a_stream(model):
+    expected = model.generate(PROMPT, 3)
+    for read in [0, 1] * 20:
+        stream = model.stream(PROMPT)
+        for _ in range(read):
+            next(stream)
+        assert model.generate(PROMPT, 3) == expected
+        with pytest.raises(RuntimeError, match="another answer"):
+            next(stream)
+        assert list(stream) == []
+    whole = model.stream(PROMPT, 3)
+    tokens = [next(whole) for _ in range(3)]
+    assert PROMPT + tokens == model.generate(PROMPT, 3)
+    assert list(whole) == []  # it had nothing left to lose
+
+
+def test_bad_arguments_do_not_end_a_stream(model):
     stream = model.stream(PROMPT, 10)
-    next(stream)
-    model.generate(PROMPT, 3)
-    with pytest.raises(RuntimeError, match="another sequence"):
-        next(stream)
-    abandoned = model.stream(PROMPT, 10)
-    next(abandoned)
-    abandoned.close()
-    assert len(model.generate(PROMPT, 3)) == len(PROMPT) + 3
+    first = next(stream)
+    with pytest.raises(ValueError, match="empty"):
+        model.stream([])
+    assert PROMPT + [first, *stream] == model.generate(PROMPT, 10)
+
+
+def test_abandoned_streams_are_cancelled(folder):
+    """Closed or dropped, read or not, and more of them than there are places."""
+    with Qwen2(folder, threads=1) as model:  # 2048 tokens take a while
+        expected = model.generate(PROMPT, 3)
+        model.generate(PROMPT)
+        ended = model.stats()["finished"]["cancelled"]
+        for turn in range(30):
+            stream = model.stream([turn % TINY_VOCAB])
+            if turn % 2:
+                next(stream)
+            if turn % 3:
+                stream.close()
+            del stream
+        gc.collect()
+        idle(model)
+        # A machine with much else to do may have ended one before it was dropped.
+        assert 20 <= model.stats()["finished"]["cancelled"] - ended <= 30
+        assert model.generate(PROMPT, 3) == expected
 
 
 def test_close(folder):
-    model = Qwen2(folder)
-    model.close()
-    model.close()
-    for use in (model.logits, model.reset, lambda: model.generate(PROMPT), lambda: model.is_end(1)):
+    model, sequence = Qwen2(folder), Sequence(folder)
+    read, unread = model.stream(PROMPT, 1), model.stream(PROMPT)
+    for opened in (model, sequence):
+        opened.close()
+        opened.close()
+    with pytest.raises(RuntimeError, match="another answer"):
+        next(read)
+    with pytest.raises(ValueError, match="closed"):
+        list(unread)
+    for use in (
+        lambda: model.generate(PROMPT),
+        lambda: model.stream(PROMPT),
+        lambda: model.is_end(1),
+        model.stats,
+        lambda: sequence.step(PROMPT),
+        lambda: sequence.is_end(1),
+        sequence.logits,
+        sequence.reset,
+    ):
         with pytest.raises(ValueError, match="closed"):
             use()
+    assert model.meta.voc == sequence.meta.voc == TINY_VOCAB
+
+
+def test_threads(folder, model):
+    """A model may pass from thread to thread, and models run side by side in several."""
+    expected = model.generate(PROMPT, 40)
+    found = []
+
+    def answer(mine):
+        found.append(mine.generate(PROMPT, 40))
+
+    def run(*threads):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    run(threading.Thread(target=answer, args=[model]))
+    with Qwen2(folder, threads=1) as one, Qwen2(folder, threads=1) as two:
+        run(*(threading.Thread(target=answer, args=[mine]) for mine in (one, two)))
+    assert found == [expected] * 3
 
 
 @pytest.mark.parametrize("name", ["max_seq", "prefill_chunk", "threads"])
@@ -313,6 +433,8 @@ def test_bad_options(folder, name):
     for value in (0, -1, 2**31, 2**64):
         with pytest.raises(ValueError, match=f"{name}: .*{value}"):
             Qwen2(folder, **{name: value})
+        with pytest.raises(ValueError, match=f"{name}: .*{value}"):
+            Sequence(folder, **{name: value})
     with pytest.raises(ValueError, match="device_ids"):
         Qwen2(folder, device_ids=[])
 
@@ -331,6 +453,7 @@ def test_limits_that_are_no_multiple_of_anything(folder, model, max_seq):
         ids = other.generate(PROMPT)
         assert len(ids) == max_seq
         assert ids[:MAX_SEQ] == expected[:max_seq]
+        assert other.generate(ids[: max_seq - 1]) == ids  # the prefixes fill the KV cache
 
 
 def test_missing_device(folder):

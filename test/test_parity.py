@@ -19,12 +19,13 @@ from transformers import Qwen2ForCausalLM
 from transformers import __version__ as transformers_version
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "bindings"), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT / name) for name in ("bindings", "tools", "test")]
 
 import llaisys
 from make_checkpoint import make_checkpoint
+from test_utils import step_by_step
 
-Qwen2 = llaisys.models.Qwen2
+Qwen2, Sequence = llaisys.models.Qwen2, llaisys.models.Sequence
 CPU = llaisys.DeviceType.CPU
 DEVICES = {"cpu": CPU, "nvidia": llaisys.DeviceType.NVIDIA}
 TORCH_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -165,8 +166,8 @@ def reference_greedy(model: Qwen2ForCausalLM, ids: list[int], count: int) -> lis
     return out[0, len(ids) :].tolist()
 
 
-def logits_of(model: Qwen2) -> np.ndarray:
-    return np.asarray(model.logits())
+def logits_of(sequence: Sequence) -> np.ndarray:
+    return np.asarray(sequence.logits())
 
 
 def prompt_of(vocab: int, length: int, seed: int = 0) -> list[int]:
@@ -210,14 +211,14 @@ def free_models():
 # ---- against transformers ----
 
 
-def probe(model: Qwen2, ids: list[int]) -> np.ndarray:
+def probe(sequence: Sequence, ids: list[int]) -> np.ndarray:
     """f32 [len(PROBES), voc]: logits after each prefix, of one sequence fed piece by piece."""
     rows, start = [], 0
     for end in PROBES:
-        model.step(ids[start:end])
-        rows.append(logits_of(model))
+        sequence.step(ids[start:end])
+        rows.append(logits_of(sequence))
         start = end
-    assert model.length == len(ids)
+    assert sequence.length == len(ids)
     return np.stack(rows)
 
 
@@ -226,12 +227,12 @@ def test_f32_logits(checkpoint, kind, shape):
     path = checkpoint(shape, "f32")
     ids = prompt_of(SHAPES[shape]["vocab"], PROBES[-1])
     expected = reference_logits(load_reference(path, "f32").model, ids, [n - 1 for n in PROBES])
-    with Qwen2(path, kind) as model:
-        found = probe(model, ids)
+    with Sequence(path, kind) as sequence:
+        found = probe(sequence, ids)
         # The whole prompt at once must agree as well, crossing the prefill chunk on its way.
-        model.reset()
-        model.step(ids)
-        found = np.concatenate((found, logits_of(model)[None]))
+        sequence.reset()
+        sequence.step(ids)
+        found = np.concatenate((found, logits_of(sequence)[None]))
     expected = np.concatenate((expected, expected[-1:]))
     scale = np.abs(expected).max()
     assert 3 < scale < 30  # or the bound below would mean little
@@ -257,9 +258,9 @@ def test_half_logits(checkpoint, kind, dtype, shape):
     positions = [n - 1 for n in PROBES]
     exact = reference_logits(reference.exact, ids, positions)
     theirs = reference_logits(reference.model, ids, positions) - exact
-    with Qwen2(path, kind) as model:
-        assert model.meta.dtype == DTYPES[dtype]
-        ours = probe(model, ids) - exact
+    with Sequence(path, kind) as sequence:
+        assert sequence.meta.dtype == DTYPES[dtype]
+        ours = probe(sequence, ids) - exact
     # Rounding is there at all: a reference that computed in f32 would make the test meaningless.
     assert np.abs(theirs).max() > 1e-4
     assert rms(ours) <= 1.25 * rms(theirs)
@@ -305,8 +306,9 @@ def test_half_greedy_tokens(checkpoint, kind, dtype):
         positions = list(range(len(ids) - 1, len(ids) + len(answer) - 1))
         logits = reference_logits(reference.model, ids + answer, positions)
         error = np.abs(logits - reference_logits(reference.exact, ids + answer, positions))
+        with Sequence(path, kind, threads=1) as sequence:
+            found = [sequence.step(ids), *(sequence.step([token]) for token in answer[:-1])]
         with Qwen2(path, kind, threads=1) as model:
-            found = [model.step(ids), *(model.step([token]) for token in answer[:-1])]
             # On its own, the model says the same up to the first difference.
             alone = model.generate(ids, len(answer))[len(ids) :]
         same = next((i for i, (a, b) in enumerate(zip(found, answer)) if a != b), len(answer))
@@ -329,10 +331,10 @@ def test_other_dtype_than_stored(checkpoint, kind, stored, asked):
     reference = load_reference(path, asked)
     expected = reference_logits(reference.model, ids, [32])[0]
     exact = reference_logits(reference.exact, ids, [32])[0]
-    with Qwen2(path, kind, dtype=DTYPES[asked]) as model:
-        assert model.meta.dtype == DTYPES[asked]
-        model.step(ids)
-        found = logits_of(model)
+    with Sequence(path, kind, dtype=DTYPES[asked]) as sequence:
+        assert sequence.meta.dtype == DTYPES[asked]
+        sequence.step(ids)
+        found = logits_of(sequence)
     if asked == "f32":
         assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
     else:
@@ -352,9 +354,9 @@ def test_tensors_of_several_dtypes(checkpoint, kind, tmp_path):
     (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
     ids = prompt_of(509, 20)
     expected = reference_logits(load_reference(tmp_path, "f32").model, ids, [19])[0]
-    with Qwen2(tmp_path, kind) as model:
-        model.step(ids)
-        assert np.abs(logits_of(model) - expected).max() <= 1e-5 * np.abs(expected).max()
+    with Sequence(tmp_path, kind) as sequence:
+        sequence.step(ids)
+        assert np.abs(logits_of(sequence) - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def test_meta(checkpoint, kind):
@@ -379,11 +381,14 @@ def test_bits_do_not_depend_on_chunks_or_threads(checkpoint, shape, dtype):
     seen = set()
     for chunk in (1, 7, 64, 512):
         for threads in (1, 2):
-            with Qwen2(path, CPU, prefill_chunk=chunk, threads=threads, max_seq=200) as model:
-                model.step(ids)
-                prefill = logits_of(model)
-                answer = model.generate(ids, 12)
-                seen.add((prefill.tobytes(), logits_of(model).tobytes(), tuple(answer)))
+            options = {"prefill_chunk": chunk, "threads": threads, "max_seq": 200}
+            with Sequence(path, CPU, **options) as sequence:
+                sequence.step(ids)
+                prefill = logits_of(sequence)
+                answer = step_by_step(sequence, ids, 12)
+                seen.add((prefill.tobytes(), logits_of(sequence).tobytes(), tuple(answer)))
+            with Qwen2(path, CPU, **options) as model:
+                assert list(model.stream(ids, 12)) == answer
     assert len(seen) == 1
 
 
@@ -392,14 +397,14 @@ def test_bits_do_not_depend_on_chunks_or_threads(checkpoint, shape, dtype):
 def test_decode_equals_prefill(checkpoint, shape, dtype):
     """A token's logits do not depend on whether the tokens before it came one by one."""
     ids = prompt_of(SHAPES[shape]["vocab"], 97)
-    with Qwen2(checkpoint(shape, dtype), CPU, threads=1) as model:
+    with Sequence(checkpoint(shape, dtype), CPU, threads=1) as sequence:
         one_by_one = []
         for token in ids:
-            following = model.step([token])
-            one_by_one.append((following, logits_of(model)))
+            following = sequence.step([token])
+            one_by_one.append((following, logits_of(sequence)))
         for length in (1, 2, 16, 63, 64, 65, 97):
-            model.reset()
-            following = model.step(ids[:length])
+            sequence.reset()
+            following = sequence.step(ids[:length])
             assert following == one_by_one[length - 1][0]
-            np.testing.assert_array_equal(logits_of(model), one_by_one[length - 1][1])
-            assert following == int(np.argmax(logits_of(model)))
+            np.testing.assert_array_equal(logits_of(sequence), one_by_one[length - 1][1])
+            assert following == int(np.argmax(logits_of(sequence)))

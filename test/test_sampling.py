@@ -54,14 +54,14 @@ def engine(device_type):
 
 @pytest.fixture(scope="module")
 def alone(device_type):
-    with llaisys.Qwen2(MINI, device_type, max_seq=128) as model:
-        yield model
+    with llaisys.models.Sequence(MINI, device_type, max_seq=128) as sequence:
+        yield sequence
 
 
-def logits_behind(model, ids):
-    model.reset()
-    model.step(ids)
-    return torch.frombuffer(bytearray(model.logits().tobytes()), dtype=torch.float32)[None]
+def logits_behind(sequence, ids):
+    sequence.reset()
+    sequence.step(ids)
+    return torch.frombuffer(bytearray(sequence.logits().tobytes()), dtype=torch.float32)[None]
 
 
 def processed(request, prompt, answer, scores):

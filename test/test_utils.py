@@ -347,6 +347,22 @@ def forall(check: Callable[..., None], examples: int, **choices: Sequence[Any]) 
     settings(hypothesis.given(**drawn)(seeded))()
 
 
+def step_by_step(
+    sequence: llaisys.models.Sequence,
+    prompt: Sequence[int],
+    count: int,
+    *sampling: Any,
+    **options: Any,
+) -> list[int]:
+    """The answer of up to count tokens by single steps, as an engine must give it."""
+    count = min(count, sequence.meta.maxseq - len(prompt))
+    sequence.reset()
+    answer = [sequence.step(prompt, *sampling, **options)]
+    while len(answer) < count and not sequence.is_end(answer[-1]):
+        answer.append(sequence.step(answer[-1:], *sampling, **options))
+    return answer
+
+
 def absence(device_name: str) -> str | None:
     """Why a device cannot be tested on, or None."""
     api = llaisys.RuntimeAPI(llaisys_device(device_name))

@@ -80,9 +80,10 @@ class Request:
     """A prompt in token ids, and how to go on.
 
     max_new_tokens None, or more than there is room for, means up to the engine's max_seq tokens in
-    all. temperature 0 or top_k 1 is greedy; top_k 0, top_p 1 and min_p 0 switch these filters off,
-    repetition_penalty 1 (over prompt and answer), presence_penalty 0 and frequency_penalty 0 (over
-    the answer) the penalties. logit_bias: by token, -100 to 100, or -inf, which bans the token.
+    all. temperature 0 or top_k 1 is greedy, and temperature None is 1; top_k 0 or None, top_p 1 or
+    None and min_p 0 switch these filters off, repetition_penalty 1 (over prompt and answer),
+    presence_penalty 0 and frequency_penalty 0 (over the answer) the penalties.
+    logit_bias: by token, -100 to 100, or -inf, which bans the token.
     logprobs: None, or how many of the most probable tokens are told with each token beside itself.
     constrained: the answer's tokens wait for masks, see Engine.set_mask; with constrain_after, only
     those behind that token. stop: tokens that end the answer beside the model's own, which ignore_eos leaves out. Higher
@@ -92,9 +93,9 @@ class Request:
 
     prompt: Sequence[int]
     max_new_tokens: int | None = None
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
+    temperature: float | None = 0.0
+    top_k: int | None = 0
+    top_p: float | None = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
@@ -141,6 +142,22 @@ class Answer:
     queued_s: float = 0.0
     first_token_s: float = 0.0
     finished_s: float = 0.0
+
+    def take(self, event: LlaisysEvent) -> list[int]:
+        """Adds an event to the answer and returns its tokens."""
+        tokens = event.tokens[: event.ntoken]
+        if event.finish or not self.tokens:  # what does not change in between
+            for name in _USAGE:
+                setattr(self, name, getattr(event, name))
+        self.tokens += tokens
+        n = event.nlogprob
+        for i in range(0, event.ntoken * n, n or 1):
+            own, *top = event.logprobs[i : i + n]
+            self.logprobs.append(Logprobs(own.logprob, [(t.token, t.logprob) for t in top]))
+        if event.finish:
+            self.finish = Finish(event.finish).name.lower()
+            self.message = event.message.decode("utf-8", "replace") if event.message else None
+        return tokens
 
 
 class Engine:
@@ -222,7 +239,7 @@ class Engine:
 
         def sink(index: int, answer: Answer) -> Callable[[LlaisysEvent], None]:
             def take(event: LlaisysEvent) -> None:
-                bar.tokens += len(_take(answer, event))
+                bar.tokens += len(answer.take(event))
                 if answer.finish:
                     bar.done += 1
                     if on_answer is not None:
@@ -522,7 +539,7 @@ class Stream:
         self.cancel()
 
     def _take(self, event: LlaisysEvent) -> None:
-        self._tokens.extend(_take(self.answer, event))
+        self._tokens.extend(self.answer.take(event))
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -555,23 +572,6 @@ def plan(
         return ctypes.string_at(text).decode()
     finally:
         LIB_LLAISYS.llaisysFreeString(text)
-
-
-def _take(answer: Answer, event: LlaisysEvent) -> list[int]:
-    """Adds an event to an answer and returns its tokens."""
-    tokens = event.tokens[: event.ntoken]
-    if event.finish or not answer.tokens:  # what does not change in between
-        for name in _USAGE:
-            setattr(answer, name, getattr(event, name))
-    answer.tokens += tokens
-    n = event.nlogprob
-    for i in range(0, event.ntoken * n, n or 1):
-        own, *top = event.logprobs[i : i + n]
-        answer.logprobs.append(Logprobs(own.logprob, [(t.token, t.logprob) for t in top]))
-    if event.finish:
-        answer.finish = Finish(event.finish).name.lower()
-        answer.message = event.message.decode("utf-8", "replace") if event.message else None
-    return tokens
 
 
 def _ids(name: str, ids: Sequence[int]) -> array[int]:
