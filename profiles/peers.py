@@ -81,12 +81,18 @@ def ours_prefill(o, limit):
 
 
 def llama(o, limit, batch):
-    common = (o.llama_bench, "-m", o.gguf, "-ngl", 99, "-o", "json", "-r", 3)
-    if batch == 1:
-        for row in run((*common, "-p", o.prompt, "-n", o.new), limit):
-            tokens = row["n_prompt"] or 1
-            what = f"prompt of {o.prompt}" if row["n_prompt"] else "decode"
-            report("llama.cpp", what, 1, tokens / row["avg_ts"] * 1e3, tokens)
+    """llama-bench's medians but for the first repetition, which captures its graphs."""
+    if batch != 1:
+        return
+    common = (o.llama_bench, "-m", o.gguf, "-ngl", 99, "-fa", 1, "-r", 6, "-o", "json")
+    decode = ("-p", 0, "-n", o.new, "-d", o.context)
+    prompt = ("-p", o.prompt, "-n", 0, "-b", o.prompt, "-ub", o.prompt)
+    for what, tokens, options in (("decode", o.new, decode), (f"prompt of {o.prompt}", 1, prompt)):
+        (row,) = run((*common, *options), limit)
+        if not row["gpu_info"]:
+            raise RuntimeError("llama-bench found no GPU")
+        ms = statistics.median(row["samples_ns"][1:]) / 1e6 / tokens
+        report("llama.cpp", what, 1, ms, o.prompt if tokens == 1 else 1, build=row["build_commit"])
 
 
 # ---- PyTorch's side ----
