@@ -20,10 +20,11 @@ template <class T, int TEAM> __global__ void __launch_bounds__(THREADS) norm_ker
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = (blockIdx.x * WARPS + warp) / TEAM;
     pdl_launch_next();
     for (unsigned i = threadIdx.x * 128; i < a.k * sizeof(T); i += THREADS * 128) prefetch_l1((const char *)a.norm + i);
-    pdl_wait();
-    if (row >= (unsigned)(a.index ? a.header->nlogit : a.header->nrow)) return;
+    const unsigned rows = (unsigned)(a.index ? a.header->nlogit : a.header->nrow); /* step inputs: there before */
+    if (row >= rows) return pdl_wait();
     const T *x = (const T *)a.x + (size_t)(a.index ? a.index[row] : row) * a.k, *norm = (const T *)a.norm;
     T *to = (T *)a.normed + (size_t)row * a.k;
+    pdl_wait();
     if constexpr (TEAM == 1) {
         norm_row<T>(x, norm, a.k, a.eps, to, lane);
     } else {
