@@ -2,6 +2,8 @@
 
 import gc
 import json
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -259,6 +261,7 @@ def test_ends(folder, tmp_path):
 
 
 def test_fills_the_sequence(model):
+    assert len(model.generate(PROMPT, 2**64)) == MAX_SEQ
     """Without a limit, or with one beyond it, the answer goes on to max_seq tokens in all."""
     for limit in (None, MAX_SEQ - len(PROMPT), 10**9):
         assert len(model.generate(PROMPT, limit)) == MAX_SEQ
@@ -381,6 +384,75 @@ def test_abandoned_streams_are_cancelled(folder):
         # A machine with much else to do may have ended one before it was dropped.
         assert 20 <= model.stats()["finished"]["cancelled"] - ended <= 30
         assert model.generate(PROMPT, 3) == expected
+
+
+def run_python(code, **environment):
+    """A process of its own, since what is tested here may take it along."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'bindings')!r})\n{code}"
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **environment},
+    )
+
+
+def test_model_and_stream_are_collected_together(folder):
+    done = run_python(
+        f"""
+import gc
+from llaisys.models import Qwen2
+class Chat: pass
+for _ in range(10):
+    chat = Chat()
+    chat.itself, chat.model = chat, Qwen2({str(folder)!r}, max_seq=64, threads=1)
+    chat.stream = chat.model.stream({PROMPT})
+    next(chat.stream)
+    del chat
+    gc.collect()
+""",
+        MALLOC_PERTURB_="170",  # what is freed is unlike what it was
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_forked_child_ends(folder):
+    done = run_python(
+        f"""
+import os
+from llaisys.models import Qwen2
+model = Qwen2({str(folder)!r}, max_seq=64, threads=1)
+stream = model.stream({PROMPT})
+next(stream)
+child = os.fork()
+if not child:
+    del stream, model
+    sys.exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert len(list(stream)) > 1
+"""
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_interrupts(folder, monkeypatch):
+    with Qwen2(folder, max_seq=MAX_SEQ) as model:
+        expected = model.generate(PROMPT, 4)
+
+        def interrupted(answer, event):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:  # while an event is handed out, which is then lost
+            patch.setattr(llaisys.engine.Answer, "take", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                model.generate(PROMPT, 1)
+        assert model.generate(PROMPT, 4) == expected
+        stream = model.stream(PROMPT)
+        model._engine._sinks.clear()  # as between a submission and its note
+        assert model.generate(PROMPT, 4) == expected
+        stream.close()
 
 
 def test_close(folder):

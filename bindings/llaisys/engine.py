@@ -22,6 +22,7 @@ import ctypes
 import os
 import sys
 import time
+import weakref
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -160,6 +161,19 @@ class Answer:
         return tokens
 
 
+_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _leave_engines() -> None:
+    """A forked child has none of the engines' threads: to wait for one would be for ever."""
+    for engine in _ENGINES:
+        engine._engine = None
+        engine._sinks.clear()
+
+
+os.register_at_fork(after_in_child=_leave_engines)
+
+
 class Engine:
     """A model folder in transformers' format, opened for many requests.
 
@@ -207,6 +221,7 @@ class Engine:
         self._count = ctypes.c_size_t()  # of those, read by the last call
         self._next = 0  # of those, the first not handed out yet
         self._engine = LIB_LLAISYS.llaisysEngineOpen(os.fsencode(model_path), ctypes.byref(options))
+        _ENGINES.add(self)
 
     # ---- answers ----
 
@@ -312,6 +327,10 @@ class Engine:
         """
         return self._pump(int(1000 * timeout))
 
+    def pending(self) -> list[int]:
+        """Numbers of the requests whose end has not been handed out yet."""
+        return list(self._sinks)
+
     def cancel(self, number: int) -> None:
         """Ends a request soon; one that has ended already is no error."""
         self._cancel(number)
@@ -382,8 +401,9 @@ class Engine:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_engine", None):
-            LIB_LLAISYS.llaisysEngineClose(self._engine)
+        engine, self._engine = getattr(self, "_engine", None), None
+        if engine:
+            LIB_LLAISYS.llaisysEngineClose(engine)
 
     # ---- inside ----
 
@@ -395,7 +415,7 @@ class Engine:
     def _submit(self, request: Request, sink: Callable[[LlaisysEvent], None]) -> int:
         sampling = sampling_options(request.top_k, request.top_p, request.temperature, request.seed)
         most = request.max_new_tokens
-        if most is not None and not 0 < most < 2**63:
+        if most is not None and most < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, found {most}")
         if not -(2**31) <= request.priority < 2**31:
             raise ValueError(f"priority: expected 32 bits, found {request.priority}")
@@ -422,7 +442,7 @@ class Engine:
             LlaisysRequest(
                 prompt=_pointer(prompt),
                 nprompt=len(prompt),
-                max_tokens=most or 0,
+                max_tokens=min(most or 0, 2**63 - 1),
                 stop=_pointer(stop),
                 nstop=len(stop),
                 ignore_eos=request.ignore_eos,
@@ -458,9 +478,13 @@ class Engine:
             )
         while self._next < self._count.value:
             event = self._events[self._next]
+            take = self._sinks.pop if event.finish else self._sinks.get
+            sink = take(event.request, None)
             self._next += 1
-            sink = self._sinks.pop(event.request) if event.finish else self._sinks[event.request]
-            sink(event)
+            if sink is None:  # an interrupt came between its submission and its note
+                self._cancel(event.request)
+            else:
+                sink(event)
         return self._count.value
 
     def _on_readable(self) -> None:
@@ -576,7 +600,7 @@ def plan(
 
 def _ids(name: str, ids: Sequence[int]) -> array[int]:
     try:
-        return array("q", ids)
+        return array("q", iter(ids))  # of bytes, too, one id each
     except OverflowError as error:
         raise RequestError(f"{name}: expected token ids, found one beyond 64 bits") from error
 

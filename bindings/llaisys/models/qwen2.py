@@ -71,7 +71,7 @@ class Qwen2:
             progress=progress,
         )
         self._meta = self._engine.meta
-        self._number, self._answer = 0, engine.Answer(finish="stop")  # of the last request
+        self._number = 0  # of the last request
 
     def generate(
         self,
@@ -129,10 +129,12 @@ class Qwen2:
         answer, tokens = engine.Answer(), deque()
         number = self._engine.submit(request, lambda event: tokens.extend(answer.take(event)))
         try:
-            last, self._answer = self._answer, answer
-            self._engine.cancel(self._number)
             self._number = number
-            while not last.finish:
+            # among others, those whose submission an interrupt has cut off
+            for other in self._engine.pending():
+                if other != number:
+                    self._engine.cancel(other)
+            while any(other != number for other in self._engine.pending()):
                 self._engine.poll(SECONDS)
             yield -1
             while tokens or answer.finish not in ("stop", "length"):
@@ -181,7 +183,7 @@ def plan(
 ) -> str:
     """Where every byte of a model would lie, without loading it: format "text", "json" or "svg".
 
-    The options are format and those of Qwen2. Offsets and sizes are bytes from the base of the
+    The options are format and those of Qwen2 but progress. Offsets and sizes are bytes from the base of the
     arena.
     """
     return engine.plan(model_path, device, max_seqs=1, **options)
