@@ -419,7 +419,7 @@ int llaisysEngineSubmit(struct LlaisysEngine *e, const struct LlaisysRequest *q,
 }
 
 int llaisysEngineCancel(struct LlaisysEngine *e, uint64_t id) {
-    lla_clear_error();
+    /* The thread's error message stays: Python's collector may cancel between another call and a look at its error. */
     LLA_REQUIRE(e, LLA_EINVAL, "llaisysEngineCancel: engine is NULL");
     pthread_mutex_lock(&e->lock);
     struct lla_request *r = &e->requests[id % e->nrequest];

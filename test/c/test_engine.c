@@ -277,6 +277,8 @@ TEST(bad_requests) {
     CHECK_INT(llaisysEngineSubmit(NULL, &good, &id), LLAISYS_INVALID);
     CHECK_INT(llaisysEngineSubmit(engine, NULL, &id), LLAISYS_INVALID);
     CHECK_INT(llaisysEngineCancel(NULL, 1), LLAISYS_INVALID);
+    CHECK_INT(llaisysEngineCancel(engine, 1), LLAISYS_OK); /* of a finalizer, say: the last error stays */
+    CHECK_STR_HAS(llaisysGetLastError(), "engine is NULL");
     CHECK_INT(stats().submitted, 0);
     struct LlaisysRequest neutral = good;
     neutral.repetition_penalty = 1;
