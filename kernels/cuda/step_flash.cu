@@ -41,6 +41,7 @@ __global__ void __launch_bounds__(FLASH_THREADS, 2) flash_kernel(const Attention
     static_assert(SPLIT % PASS == 0 && TILE_ROWS % PASS == 0 && PASS % 8 == 0, "every thread copies as many units");
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const unsigned most = TILE_ROWS / a.group;
+    note(by_row.trace, LLA_BLOCK_BEGAN);
     pdl_launch_next();
     Survey &survey = *reinterpret_cast<Survey *>(smem + FLASH_SMEM<DIM>);
     /* Step inputs were there before the step's first kernel began. */

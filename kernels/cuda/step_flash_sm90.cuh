@@ -34,6 +34,7 @@ __global__ void __launch_bounds__(FLASH_SM90_THREADS, 1) flash_sm90_kernel(const
     char *const smem = memory + (1024 - shared_address(memory) % 1024) % 1024;
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
     const unsigned most = TILE_ROWS / a.group;
+    note(by_row.trace, LLA_BLOCK_BEGAN);
     pdl_launch_next();
     Survey &survey = *reinterpret_cast<Survey *>(memory + FLASH_SM90_SMEM<T, DIM>);
     /* Step inputs were there before the step's first kernel began. */

@@ -33,8 +33,8 @@ __device__ __forceinline__ size_t source(const Linear &a, size_t r) {
 }
 
 /* staged [rows, pitch] = norm of rows first .. first + rows of x; one warp a row, or all warps the same row where there
- * is one: a row's sum is always one warp's. IS_WIDE: k is whole units of 16 bytes. */
-template <class T, int W, bool IS_WIDE>
+ * is one: a row's sum is always one warp's. */
+template <class T, int W>
 __device__ __forceinline__ void stage_norm(const Linear &a, unsigned first, unsigned rows, T *staged, unsigned pitch,
                                            unsigned warp, unsigned lane) {
     constexpr unsigned UNIT = 16 / sizeof(T); /* elements of a 16-byte load */
@@ -44,8 +44,8 @@ __device__ __forceinline__ void stage_norm(const Linear &a, unsigned first, unsi
     for (unsigned r = shared_row ? 0 : warp; r < rows; r += W) {
         const T *x = (const T *)a.x + source(a, first + r) * k, *norm = (const T *)a.norm;
         T *to = staged + r * pitch;
-        const float scale = norm_scale<T, IS_WIDE>(x, k, a.eps, lane);
-        if (IS_WIDE || k % UNIT == 0) {
+        const float scale = norm_scale<T>(x, k, a.eps, lane);
+        if (k % UNIT == 0) {
 #pragma unroll 1
             for (unsigned i = place; i < k / UNIT; i += places) /* x comes from the first-level cache now */
                 reinterpret_cast<uint4 *>(to)[i] = normed_unit<T>(reinterpret_cast<const uint4 *>(x)[i],

@@ -138,7 +138,7 @@ template <class T, Epilogue E, bool STAGED> __global__ void __launch_bounds__(32
     if (!rows) return;
     if (STAGED) {
         if (a.norm)
-            stage_norm<T, W, false>(a, first, rows, staged, pitch, warp, lane);
+            stage_norm<T, W>(a, first, rows, staged, pitch, warp, lane);
         else
             stage_plain<T>(a, first, rows, staged, pitch);
         __syncthreads();
