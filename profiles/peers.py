@@ -87,12 +87,16 @@ def llama(o, limit, batch):
     common = (o.llama_bench, "-m", o.gguf, "-ngl", 99, "-fa", 1, "-r", 6, "-o", "json")
     decode = ("-p", 0, "-n", o.new, "-d", o.context)
     prompt = ("-p", o.prompt, "-n", 0, "-b", o.prompt, "-ub", o.prompt)
-    for what, tokens, options in (("decode", o.new, decode), (f"prompt of {o.prompt}", 1, prompt)):
+    prompt_name = f"prompt of {o.prompt}"
+    for what, steps, tokens, options in (
+        ("decode", o.new, 1, decode),
+        (prompt_name, 1, o.prompt, prompt),
+    ):
         (row,) = run((*common, *options), limit)
         if not row["gpu_info"]:
             raise RuntimeError("llama-bench found no GPU")
-        ms = statistics.median(row["samples_ns"][1:]) / 1e6 / tokens
-        report("llama.cpp", what, 1, ms, o.prompt if tokens == 1 else 1, build=row["build_commit"])
+        ms = statistics.median(row["samples_ns"][1:]) / 1e6 / steps
+        report("llama.cpp", what, 1, ms, tokens, build=row["build_commit"])
 
 
 # ---- PyTorch's side ----
@@ -320,6 +324,10 @@ def main():
     o.bench = o.bench or next((p for p in places if p.exists()), None)
     if not o.bench:
         sys.exit("llaisys-bench is missing: run make, or name it with --bench")
+    if "llama" in (o.only or ()) and not o.llama_bench:
+        sys.exit(
+            "llama.cpp is missing: name its llama-bench with --llama-bench, and a model with --gguf"
+        )
     signal.signal(signal.SIGALRM, slow)
 
     peers = [("ours", ours_decode, b) for b in o.batch] + [("ours", ours_prefill, None)]

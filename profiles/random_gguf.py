@@ -34,6 +34,8 @@ def tensors():
 
 
 def main():
+    if len(sys.argv) != 2:
+        sys.exit("usage: random_gguf.py FILE")
     rng = np.random.default_rng(0)
     values = (rng.standard_normal(BLOCK, dtype=np.float32) * np.float32(0.02)).view(np.uint32)
     block = (values + 0x7FFF + (values >> 16 & 1) >> 16).astype(np.uint16)  # bf16, to nearest even
