@@ -23,8 +23,9 @@ template <class T> __device__ __forceinline__ float norm_scale_of(float sum, uns
     return 1.0f / sqrtf(sum / (float)k + eps);
 }
 
-/* sum + x^2 of the elements of 16 bytes, in order. */
-template <class T> __device__ __forceinline__ float add_squares(const uint4 &v, float sum) {
+/* The sum of x^2 over the elements of 16 bytes, in order. */
+template <class T> __device__ __forceinline__ float squares(const uint4 &v) {
+    float sum = 0;
 #pragma unroll
     for (int e = 0; e < (int)(16 / sizeof(T)); e++) {
         const float x = to_float<T>(reinterpret_cast<const T *>(&v)[e]);
@@ -39,8 +40,9 @@ __device__ __forceinline__ float warp_sum(float sum) {
     return sum;
 }
 
-/* 1 / sqrt(mean(x^2) + eps) of a row x [k]; all lanes of a warp call it and get it. Lane l sums units l, l + 32, ... of
- * 16 bytes (elements where k is odd), then the lanes' sums meet. IS_WIDE: k is whole units. */
+/* 1 / sqrt(mean(x^2) + eps) of a row x [k]; all lanes of a warp call it and get it. Lane l adds the sums of units l,
+ * l + 32, ... of 16 bytes (of elements, where k is not whole units), then the lanes' sums meet. Units are summed for
+ * themselves, so that no sum is a long chain, and a row may be shared by warps. IS_WIDE: k is whole units. */
 template <class T, bool IS_WIDE = false>
 __device__ __forceinline__ float norm_scale(const T *x, unsigned k, float eps, unsigned lane) {
     constexpr unsigned UNIT = 16 / sizeof(T), IN_FLIGHT = 6; /* elements of a 16-byte load, and loads at once */
@@ -55,7 +57,7 @@ __device__ __forceinline__ float norm_scale(const T *x, unsigned k, float eps, u
                 if (i + 32 * j < k / UNIT) v[j] = units[i + 32 * j];
 #pragma unroll
             for (unsigned j = 0; j < IN_FLIGHT; j++)
-                if (i + 32 * j < k / UNIT) sum = add_squares<T>(v[j], sum);
+                if (i + 32 * j < k / UNIT) sum += squares<T>(v[j]);
         }
     } else {
         for (unsigned i = lane; i < k; i += 32) {
@@ -101,7 +103,7 @@ __device__ __forceinline__ void norm_row(const T *x, const T *norm, unsigned k, 
     while (true) {
         load(base);
 #pragma unroll
-        for (unsigned j = 0; j < IN_FLIGHT; j++) sum = add_squares<T>(v[j], sum); /* zeros change nothing */
+        for (unsigned j = 0; j < IN_FLIGHT; j++) sum += squares<T>(v[j]); /* zeros change nothing */
         if (base + SPAN >= units) break;
         base += SPAN;
     }
