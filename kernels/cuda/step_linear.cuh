@@ -71,7 +71,7 @@ __device__ __forceinline__ Slot slot_of(const Linear &a, size_t row) {
 }
 
 /* What an output needs beside its sums: bias, cosine and sine, or what it is added to. Requested before the product,
- * used after it. */
+ * or while its parts' sums meet, and used after it. */
 struct Operands {
     float low, high, c, s;
 };

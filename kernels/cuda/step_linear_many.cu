@@ -23,7 +23,8 @@ enum {
     ROW_BYTES = 128, /* of x in a stage: eight units of 16 bytes, swizzled by row */
     PIECE = 512,     /* bytes of a 16 x 16 tile of weights, or of a 16 x 8 one of sums */
     CLUSTER = PARTS, /* blocks that share K, a part each */
-    MAX_WARPS = 12,  /* of a block; of one in a cluster: */
+    /* Of a block; of one in a cluster. 16 leave a thread 128 registers, so that down's blocks fit beside gate_up's. */
+    MAX_WARPS = 16,
     MAX_WARPS_SPLIT = 14,
 };
 
@@ -37,12 +38,13 @@ struct Shape {
     bool overlaid;  /* one round: what goes to the other blocks lies where the ring was */
 };
 
-/* 8 NT columns a block (blockIdx.y chooses which). SPLIT: K is split over a cluster. STAGES of the ring: all but one
- * are on their way while one is multiplied. */
-template <class T, int NT, Epilogue E, bool SPLIT, int STAGES>
+/* 8 NT columns a block (blockIdx.y chooses which). SPLIT: K is split over a cluster. Of the ring's STAGES, STEP are
+ * multiplied between two barriers, while the others are on their way. */
+template <class T, int NT, Epilogue E, bool SPLIT, int STAGES, int STEP>
 __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
     many_kernel(const Linear a, const Shape s) {
     LLA_DYNAMIC_SHARED(smem, 128);
+    constexpr int AHEAD = STAGES - STEP;
     constexpr unsigned COLS = 8 * NT, X_BYTES = COLS * ROW_BYTES;
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const unsigned rank = SPLIT ? blockIdx.x % CLUSTER : 0, team = SPLIT ? blockIdx.x / CLUSTER : blockIdx.x;
@@ -104,7 +106,7 @@ __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
         cluster_arrive_relaxed();
     }
     ask_first();
-    for (int i = 0; i < STAGES - 1; i++) {
+    for (int i = 0; i < AHEAD; i++) {
         request_weights();
         ask_next();
     }
@@ -150,27 +152,31 @@ __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
         return;
     }
     ask_first();
-    for (int i = 0; i < STAGES - 1; i++) {
+    for (int i = 0; i < AHEAD; i++) {
         request_x(ask.part, ask.piece, ask.stage);
         cp_async_commit();
         ask_next();
     }
-    if (SPLIT && E != QKV) fetch();
 
     float acc[NT][4] = {}, total[SPLIT ? 1 : NT][4];
     const uint32_t my_x = (lane / 16 * 8 + lane % 8) * ROW_BYTES; /* for ldmatrix */
     const unsigned my_unit = lane / 8 % 2, swizzle = lane % 8;
     unsigned part = 0, piece = 0, at = 0; /* what stage i holds, and where it lies */
     for (unsigned i = 0; i < stages; i++) {
-        cp_async_wait<STAGES - 2>();
-        __syncthreads();
-        if (i == 0) note(a.trace, LLA_BLOCK_STAGED);
-        if (i + STAGES - 1 < stages) {
-            request_weights();
-            request_x(ask.part, ask.piece, ask.stage);
-            ask_next();
+        if (i % STEP == 0) {
+            cp_async_wait<AHEAD - STEP>();
+            __syncthreads();
+            if (i == 0) note(a.trace, LLA_BLOCK_STAGED);
+#pragma unroll
+            for (int d = 0; d < STEP; d++) {
+                if (i + AHEAD + d < stages) {
+                    request_weights();
+                    request_x(ask.part, ask.piece, ask.stage);
+                    ask_next();
+                }
+                cp_async_commit();
+            }
         }
-        cp_async_commit();
         const uint32_t stage = ring + at * stage_bytes, weights = stage + X_BYTES + warp * KS * PIECE + lane * 16;
         if (++at == STAGES) at = 0;
 #pragma unroll
@@ -230,6 +236,7 @@ __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
             if (threadIdx.x < CLUSTER && threadIdx.x != rank && 8 * (threadIdx.x % NT) < rows)
                 copy_to_cluster(inbox + rank * box_bytes, outbox + threadIdx.x * box_bytes, box_bytes, barrier,
                                 threadIdx.x);
+            if (E != QKV) fetch(); /* sooner, the products would wait for it; now it comes while the sums do */
             if (reader) mbarrier_wait(barrier, round++ & 1);
             __syncwarp();
             float sum[4] = {};
@@ -254,7 +261,7 @@ __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
                 if (mine && col + e < rows)
                     finish<T, E>(a, col0 + col + e, tile0 + my_slot, g, sum[e], sum[2 + e], slots[e], operands[e]);
             tile0 += round_tiles;
-            if (i + 1 < stages) fetch();
+            if (E == QKV && i + 1 < stages) fetch();
         }
     }
     cp_async_wait<0>();        /* there may be fewer stages than were asked for ahead */
@@ -276,9 +283,9 @@ Shape shape_for(size_t ntiles, size_t ktiles, size_t most, size_t max_slots) {
 }
 
 /* Launches the kernel where the GPU has the clusters and the shared memory, and says so. */
-template <class T, int NT, Epilogue E, bool SPLIT, int STAGES>
+template <class T, int NT, Epilogue E, bool SPLIT, int STAGES, int STEP>
 lla_status launch_many(const lla_cuda_ctx *ctx, const char *name, const Linear &a, bool *done) {
-    auto *kernel = many_kernel<T, NT, E, SPLIT, STAGES>;
+    auto *kernel = many_kernel<T, NT, E, SPLIT, STAGES, STEP>;
     const size_t ntiles = a.half ? (a.n / 2 + 7) / 8 : tiles_of(a.n), ktiles = tiles_of(a.k);
     const size_t max_warps = SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS;
     const size_t most = SPLIT ? resident_clusters(ctx, kernel, 32 * max_warps, CLUSTER) : (size_t)ctx->sm_count;
@@ -286,7 +293,8 @@ lla_status launch_many(const lla_cuda_ctx *ctx, const char *name, const Linear &
     Shape s = shape_for(ntiles, ktiles, most, max_warps);
     const size_t tiles = s.teams * s.slots, pieces = ((ktiles + PARTS - 1) / PARTS + KS - 1) / KS,
                  stages = (ntiles + tiles - 1) / tiles * (SPLIT ? 1 : PARTS) * pieces;
-    s.ring = stages < STAGES ? STAGES - 1 : STAGES;
+    const size_t fewest = STAGES - STEP; /* the kernel asks for so many before it looks */
+    s.ring = (unsigned)(stages >= STAGES ? STAGES : stages > fewest ? stages : fewest);
     size_t smem = s.ring * (8 * NT * ROW_BYTES + s.slots * KS * PIECE);
     if (SPLIT) {
         const size_t boxes = CLUSTER * ((s.slots * NT + CLUSTER - 1) / CLUSTER) * PIECE; /* either way */
@@ -302,14 +310,17 @@ lla_status launch_many(const lla_cuda_ctx *ctx, const char *name, const Linear &
     return launch_clusters(ctx, name, kernel, grid, threads, smem, SPLIT ? CLUSTER : 1, a, s);
 }
 
-/* Split where a tile a warp would leave most of the GPU idle, if the GPU has clusters. Four stages keep 54 to 72 KB of
- * weights on their way to an SM. */
+/* Split where a tile a warp would leave most of the GPU idle, if the GPU has clusters. Four stages keep 54 to 96 KB of
+ * weights on their way to an SM. Where a stage has many products, warps that wait for each other after each lose more
+ * time than its copies take: then a barrier for two. */
 template <class T, int NT, Epilogue E>
 lla_status launch_rows(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
     bool done = false;
-    if constexpr (E == ADD || E == QKV) LLA_TRY((launch_many<T, NT, E, true, 4>(ctx, name, a, &done)));
-    if (!done) LLA_TRY((launch_many<T, NT, E, false, 4>(ctx, name, a, &done)));
-    if (!done) LLA_TRY((launch_many<T, NT, E, false, 2>(ctx, name, a, &done)));
+    if constexpr (E == ADD || E == QKV) LLA_TRY((launch_many<T, NT, E, true, 4, 1>(ctx, name, a, &done)));
+    if constexpr (NT >= 4)
+        if (!done) LLA_TRY((launch_many<T, NT, E, false, 6, 2>(ctx, name, a, &done)));
+    if (!done) LLA_TRY((launch_many<T, NT, E, false, 4, 1>(ctx, name, a, &done)));
+    if (!done) LLA_TRY((launch_many<T, NT, E, false, 2, 1>(ctx, name, a, &done)));
     if (done) return LLA_OK;
     return lla_fail(LLA_ELIMIT, "%s: two stages do not fit in %zu bytes of shared memory", name, ctx->max_smem);
 }
