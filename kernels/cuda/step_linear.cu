@@ -23,8 +23,10 @@ enum { DEPTH = 4 }; /* column tiles, 512 bytes each, that a warp asks for at a t
  * where K is 1,536, or what a block alone on an SM needs under way where K is long. */
 enum { STREAM_GROUPS = 5, TILE_GROUPS = 3, LONG_GROUPS = 9 };
 /* Groups under way while the ring is filled for the first time. More fill the memory's queues, and what the kernels
- * before this one wait for stands behind them. */
-enum { FILLING = 2 };
+ * before this one wait for stands behind them. gate_up's, 21 MB in all, are filled while qkv fetches x: of 2 to 4 rows
+ * that takes several turns, and even fewer are better. Down asks for all of its groups at once: only its own x stands
+ * behind them. */
+enum { FILLING = 2, FILLING_BESIDE_ROWS = 1 };
 /* Rows from which on a warp norms whole rows, and keeps them in registers, instead of its part of every row. */
 enum { BY_ROW_FROM = 5 };
 
@@ -106,8 +108,13 @@ __global__ void __launch_bounds__(32 * W, 4) linear_kernel(const Linear a) {
 #pragma unroll 1
     for (int i = 0; i < GROUPS; i++) {
         request();
-#if __CUDA_ARCH__ >= 900 /* elsewhere nothing runs before this kernel's turn */
-        cp_async_wait<FILLING - 1>();
+#if __CUDA_ARCH__ >= 900                    /* elsewhere nothing runs before this kernel's turn */
+        const bool is_down = a.k > 2 * a.n; /* o of a large model may have a ring as deep */
+        if (GROUPS == LONG_GROUPS && is_down) continue;
+        if (E == SWIGLU && !BY_ROW && a.max_rows > 1)
+            cp_async_wait<FILLING_BESIDE_ROWS - 1>();
+        else
+            cp_async_wait<FILLING - 1>();
 #endif
     }
 
