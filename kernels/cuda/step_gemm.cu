@@ -157,7 +157,7 @@ template <class T, Epilogue E> lla_status dispatch(const lla_cuda_ctx *ctx, cons
             LLA_TRY(a.max_rows <= 128 ? (try_splits<T, E, 8, 6>(ctx, name, a, &done))
                                       : (try_splits<T, E, 16, 5>(ctx, name, a, &done)));
         if (done) return LLA_OK;
-        const double large = cost<WideLarge>(ctx, a, 1.0), middle = cost<WideMiddle>(ctx, a, 1.0),
+        const double large = cost<WideLarge>(ctx, a, 1.08), middle = cost<WideMiddle>(ctx, a, 1.0),
                      tall = cost<WideTall>(ctx, a, 1.0), small = cost<WideSmall>(ctx, a, 0.6);
         if (small < large && small < middle && small < tall)
             return turns<WideSmall>(ctx, a) > 1 ? launch_product<T, E, WideSmall>(ctx, name, a)
