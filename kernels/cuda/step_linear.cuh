@@ -1,5 +1,5 @@
 /* step_linear.cuh: what the step's matrix products share, for few rows (step_linear.cu) and for many
- * (step_linear_many.cu): the arguments, the norm, and what becomes of a product's sums. */
+ * (step_linear_many.cu): the arguments, and what becomes of a product's sums. */
 #ifndef LLA_STEP_LINEAR_CUH
 #define LLA_STEP_LINEAR_CUH
 
@@ -30,33 +30,6 @@ struct Linear {
 /* Row r of the step's activations is row source(r) of x. */
 __device__ __forceinline__ size_t source(const Linear &a, size_t r) {
     return a.by_logit ? (size_t)a.index[r] : r;
-}
-
-/* staged [rows, pitch] = norm of rows first .. first + rows of x; one warp a row, or all warps the same row where there
- * is one: a row's sum is always one warp's. */
-template <class T, int W>
-__device__ __forceinline__ void stage_norm(const Linear &a, unsigned first, unsigned rows, T *staged, unsigned pitch,
-                                           unsigned warp, unsigned lane) {
-    constexpr unsigned UNIT = 16 / sizeof(T); /* elements of a 16-byte load */
-    const bool shared_row = rows == 1;
-    const unsigned place = shared_row ? threadIdx.x : lane, places = shared_row ? 32 * W : 32, k = (unsigned)a.k;
-#pragma unroll 1
-    for (unsigned r = shared_row ? 0 : warp; r < rows; r += W) {
-        const T *x = (const T *)a.x + source(a, first + r) * k, *norm = (const T *)a.norm;
-        T *to = staged + r * pitch;
-        const float scale = norm_scale<T>(x, k, a.eps, lane);
-        if (k % UNIT == 0) {
-#pragma unroll 1
-            for (unsigned i = place; i < k / UNIT; i += places) /* x comes from the first-level cache now */
-                reinterpret_cast<uint4 *>(to)[i] = normed_unit<T>(reinterpret_cast<const uint4 *>(x)[i],
-                                                                  reinterpret_cast<const uint4 *>(norm)[i], scale);
-#pragma unroll 1
-            for (unsigned i = k + place; i < pitch; i += places) to[i] = from_float<T>(0.0f);
-        } else {
-            for (unsigned i = place; i < pitch; i += places)
-                to[i] = i < k ? normed<T>(x[i], norm[i], scale) : from_float<T>(0.0f);
-        }
-    }
 }
 
 /* Where keys and values of a row go: element offset of the position in the cache of KV head 0. */

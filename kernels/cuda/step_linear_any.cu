@@ -72,6 +72,33 @@ template <bool PADDED> struct Multiply<float, PADDED> {
     }
 };
 
+/* staged [rows, pitch] = norm of rows first .. first + rows of x; one warp a row, or all warps the same row where there
+ * is one: a row's sum is always one warp's. */
+template <class T>
+__device__ __forceinline__ void stage_norm(const Linear &a, unsigned first, unsigned rows, T *staged, unsigned pitch,
+                                           unsigned warp, unsigned lane) {
+    constexpr unsigned UNIT = 16 / sizeof(T); /* elements of a 16-byte load */
+    const bool shared_row = rows == 1;
+    const unsigned place = shared_row ? threadIdx.x : lane, places = shared_row ? 32 * W : 32, k = (unsigned)a.k;
+#pragma unroll 1
+    for (unsigned r = shared_row ? 0 : warp; r < rows; r += W) {
+        const T *x = (const T *)a.x + source(a, first + r) * k, *norm = (const T *)a.norm;
+        T *to = staged + r * pitch;
+        const float scale = norm_scale<T>(x, k, a.eps, lane);
+        if (k % UNIT == 0) {
+#pragma unroll 1
+            for (unsigned i = place; i < k / UNIT; i += places) /* x comes from the first-level cache now */
+                reinterpret_cast<uint4 *>(to)[i] = normed_unit<T>(reinterpret_cast<const uint4 *>(x)[i],
+                                                                  reinterpret_cast<const uint4 *>(norm)[i], scale);
+#pragma unroll 1
+            for (unsigned i = k + place; i < pitch; i += places) to[i] = from_float<T>(0.0f);
+        } else {
+            for (unsigned i = place; i < pitch; i += places)
+                to[i] = i < k ? normed<T>(x[i], norm[i], scale) : from_float<T>(0.0f);
+        }
+    }
+}
+
 /* staged [rows, pitch] = rows first .. first + rows of x as they are. */
 template <class T> __device__ void stage_plain(const Linear &a, size_t first, size_t rows, T *staged, size_t pitch) {
     constexpr int UNIT = 16 / sizeof(T);
@@ -138,7 +165,7 @@ template <class T, Epilogue E, bool STAGED> __global__ void __launch_bounds__(32
     if (!rows) return;
     if (STAGED) {
         if (a.norm)
-            stage_norm<T, W>(a, first, rows, staged, pitch, warp, lane);
+            stage_norm<T>(a, first, rows, staged, pitch, warp, lane);
         else
             stage_plain<T>(a, first, rows, staged, pitch);
         __syncthreads();
