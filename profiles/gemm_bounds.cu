@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(S::THREADS_ + 128, 1)
                 multicast_boxes(to + rank * (S::W_BYTES / 2), &w_map, 0, at.piece * KT, matrix + rank * HEIGHT / 2,
                                 barrier);
             else if (w_bytes)
-                copy_boxes(to, &w_map, 0, at.piece * KT, matrix, barrier);
+                copy_boxes(to, &w_map, 0, at.piece * KT, matrix, barrier, false);
             if (MODE & SHARE_X)
                 multicast_box(to + S::W_BYTES + rank * (S::BN / 2 * 128), &x_map, at.piece * (KT * 16),
                               row + rank * S::BN / 2, barrier);

@@ -105,6 +105,28 @@ __device__ __forceinline__ void cp_async_16(uint32_t to, const void *from, bool 
                  : "memory");
 }
 
+/* Policies for copies: whether the second-level cache lets a line go before all others, or in its turn. What a step
+ * reads once, and as much of it as weights are, would otherwise push out all that is read again. */
+__device__ __forceinline__ uint64_t evict_first() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ uint64_t evict_normal() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+/* The same under a policy. Not for a shared address that is the sum of a thread's part and one that all threads share:
+ * ptxas 13.0 makes an instruction of it that the GPU calls illegal. */
+__device__ __forceinline__ void cp_async_16(uint32_t to, const void *from, bool valid, uint64_t policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from),
+                 "r"(valid ? 16 : 0), "l"(policy)
+                 : "memory");
+}
+
 /* Ends a group of copies; every thread calls it the same number of times. */
 __device__ __forceinline__ void cp_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");

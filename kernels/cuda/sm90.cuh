@@ -78,14 +78,22 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, unsigned parity) 
 
 /* ---- bulk copies to shared memory, which complete on a barrier ---- */
 
-/* The box of a stack of matrices that begins at (matrix, row, column); what lies outside is zero. */
+/* The box of a stack of matrices that begins at (matrix, row, column); what lies outside is zero. What is read once may
+ * leave the second-level cache first. */
 __device__ __forceinline__ void copy_boxes(uint32_t to, const CUtensorMap *map, unsigned column, unsigned row,
-                                           unsigned matrix, uint32_t barrier) {
+                                           unsigned matrix, uint32_t barrier, bool is_read_once) {
 #ifdef LLA_SM90A_CODE
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
-                 "%4}], [%5];" ::"r"(to),
-                 "l"(map), "r"(column), "r"(row), "r"(matrix), "r"(barrier)
-                 : "memory");
+    if (is_read_once)
+        asm volatile(
+            "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+            "[%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+            "l"(map), "r"(column), "r"(row), "r"(matrix), "r"(barrier), "l"(evict_first())
+            : "memory");
+    else
+        asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
+                     "%3, %4}], [%5];" ::"r"(to),
+                     "l"(map), "r"(column), "r"(row), "r"(matrix), "r"(barrier)
+                     : "memory");
 #endif
 }
 

@@ -30,6 +30,8 @@ template <class T, int DIM, int W> struct RowsMemory {
     unsigned share; /* of a row's merge: a Share */
 };
 
+enum { KEPT_ROWS = 16 };
+
 /* The barrier of the first W warps. */
 template <int W> __device__ __forceinline__ void rows_barrier() {
     barrier_sync(1, 32 * W);
@@ -275,13 +277,16 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
         if (high < length) places.y = place(high);
         return places;
     };
+    /* Keys and values of few short rows are still in the second-level cache at the next step; of many they never are.
+     */
+    const uint64_t policy = jobs.rows > KEPT_ROWS ? evict_first() : evict_normal();
     /* Asks for a token of a split, in units of 16 bytes, or for zeros. */
     const auto request_token = [&](uint32_t row, unsigned token, bool is_valid) {
         const unsigned unit = lane % UNITS;
         const size_t at = (size_t)row * DIM + unit * 8;
         const uint32_t to_unit = (token * UNITS + (unit ^ (token & 7))) * 16;
-        cp_async_16(keys + to_unit, (const T *)a.k_cache + at, is_valid);
-        cp_async_16(values + to_unit, (const T *)a.v_cache + at, is_valid);
+        cp_async_16(keys + to_unit, (const T *)a.k_cache + at, is_valid, policy);
+        cp_async_16(values + to_unit, (const T *)a.v_cache + at, is_valid, policy);
     };
     /* Asks for the first `there` tokens of a split that has so many valid ones, and for zeros behind these. */
     const auto request = [&](uint2 places, unsigned there, unsigned valid) {

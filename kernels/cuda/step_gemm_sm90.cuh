@@ -37,6 +37,9 @@ template <class S> constexpr int FILLERS = S::WARPS_M > 4 ? 128 : 32;
 template <class S> constexpr int REGISTERS = S::WARPS_M == 12 ? 160 : 240; /* then, of a thread that multiplies */
 template <class S> constexpr int AT_ENTRY = 65536 / (S::THREADS_ + FILLERS<S>) / 8 * 8;
 
+/* Steps of so many rows read a weight once, or by two tiles at the same time. */
+enum { READ_ONCE_ROWS = 256 };
+
 /* STEP: k-tiles that are multiplied between two waits: 2 where all parts of K are whole pairs of them, else 1. */
 template <class T, Epilogue E, class S, int STEP>
 __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
@@ -71,10 +74,11 @@ __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
 
     if (warp >= S::WARPS_M) { /* those that fill the ring */
         if constexpr (FILLERS<S> == 128) give_registers<24>();
+        const bool is_read_once = a.max_rows <= READ_ONCE_ROWS;
         const auto copy_w = [&](const Cursor<S> &at) {
             barrier_arrive_for(full + 8 * at.stage, S::STAGE_BYTES);
             copy_boxes(base + at.stage * S::STAGE_BYTES, &w_map, 0, at.piece * KT, at.tile / columns * HEIGHT,
-                       full + 8 * at.stage);
+                       full + 8 * at.stage, is_read_once);
         };
         const auto copy_x = [&](const Cursor<S> &at) {
             copy_box(base + at.stage * S::STAGE_BYTES + S::W_BYTES, &x_map, at.piece * (KT * 16),

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(S::THREADS_ + 128, 1)
         unsigned stage = 0, parity = 0; /* of the next piece, behind those that are asked for ahead */
         const auto copy_w = [&](unsigned piece, unsigned at) {
             barrier_arrive_for(full + 8 * at, S::STAGE_BYTES);
-            copy_boxes(base + at * S::STAGE_BYTES, &w_map, 0, k_first + piece * KT, tile0, full + 8 * at);
+            copy_boxes(base + at * S::STAGE_BYTES, &w_map, 0, k_first + piece * KT, tile0, full + 8 * at, true);
         };
         const auto copy_x = [&](unsigned piece, unsigned at) {
             copy_box(base + at * S::STAGE_BYTES + S::W_BYTES, &x_map, (k_first + piece * KT) * 16, row0, full + 8 * at);

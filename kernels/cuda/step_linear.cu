@@ -87,12 +87,13 @@ __global__ void __launch_bounds__(32 * W, 4) linear_kernel(const Linear a) {
     /* ---- the stream of weights ---- */
     const uint32_t ring = shared_address(smem) + threadIdx.x * 16;
     const uint4 *weights = (const uint4 *)a.w + (size_t)(blockIdx.x * ktiles + k_first) * 32 + lane;
-    unsigned wanted_tile = blockIdx.x, wanted = 0, fill = 0; /* tile and column tile to ask for next, and their slot */
+    unsigned wanted_tile = blockIdx.x, wanted = 0; /* tile and column tile to ask for next */
+    uint32_t fill = ring;                          /* and their slot */
     auto request = [&] {
         if (wanted_tile < ntiles) {
 #pragma unroll
             for (unsigned d = 0; d < DEPTH; d++)
-                if (wanted + d < length) cp_async_16(ring + fill + d * SLOT, weights + (wanted + d) * 32, true);
+                if (wanted + d < length) cp_async_16(fill + d * SLOT, weights + (wanted + d) * 32, true, evict_first());
             wanted += DEPTH;
             if (wanted >= length) {
                 wanted = 0;
@@ -101,7 +102,8 @@ __global__ void __launch_bounds__(32 * W, 4) linear_kernel(const Linear a) {
             }
         }
         cp_async_commit();
-        fill = fill + DEPTH * SLOT == RING ? 0 : fill + DEPTH * SLOT;
+        fill += DEPTH * SLOT;
+        if (fill == ring + RING) fill = ring;
     };
     note(a.trace, LLA_BLOCK_BEGAN);
     pdl_launch_next();

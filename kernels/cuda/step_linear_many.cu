@@ -63,6 +63,7 @@ __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
         unsigned tile, part, piece, stage;
         unsigned kt, end; /* column tiles of this warp's weights: from here, and the end of the part */
         const char *w;    /* this lane's 16 bytes of the first */
+        uint32_t to;      /* and their place in the stage */
     } ask = {};
     auto ask_part = [&] {
         const unsigned p = SPLIT ? rank : ask.part;
@@ -73,10 +74,15 @@ __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
     auto ask_first = [&] {
         ask.tile = team * s.slots + warp;
         ask.part = ask.piece = ask.stage = 0;
+        ask.to = ring + X_BYTES + warp * KS * PIECE + lane * 16;
         ask_part();
     };
     auto ask_next = [&] {
-        if (++ask.stage == STAGES) ask.stage = 0;
+        ask.to += stage_bytes;
+        if (++ask.stage == STAGES) {
+            ask.stage = 0;
+            ask.to -= STAGES * stage_bytes;
+        }
         ask.kt += KS;
         ask.w += KS * PIECE;
         if (++ask.piece < pieces) return;
@@ -88,9 +94,9 @@ __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
         ask_part();
     };
     auto request_weights = [&] {
-        const uint32_t to = ring + ask.stage * stage_bytes + X_BYTES + warp * KS * PIECE + lane * 16;
 #pragma unroll
-        for (unsigned d = 0; d < KS; d++) cp_async_16(to + d * PIECE, ask.w + d * PIECE, ask.kt + d < ask.end);
+        for (unsigned d = 0; d < KS; d++)
+            cp_async_16(ask.to + d * PIECE, ask.w + d * PIECE, ask.kt + d < ask.end, evict_first());
     };
 
     /* Block n + NT (warp % SPREAD) of the cluster adds the sums of columns 8 n .. 8 n + 7 of that warp's tile. */

@@ -81,6 +81,15 @@ static inline uint32_t load_shared_4(uint32_t from) {
 static inline void cp_async_16(uint32_t to, const void *from, bool valid) {
     emulator::self->open.push_back({in_shared(to, 16), from, valid});
 }
+static inline uint64_t evict_first() {
+    return 0;
+}
+static inline uint64_t evict_normal() {
+    return 0;
+}
+static inline void cp_async_16(uint32_t to, const void *from, bool valid, uint64_t) {
+    cp_async_16(to, from, valid);
+}
 static inline void cp_async_commit() {
     emulator::self->groups.push_back(std::move(emulator::self->open));
     emulator::self->open.clear();
