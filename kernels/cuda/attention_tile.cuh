@@ -25,6 +25,16 @@ __device__ __forceinline__ float merged(float sum, float old, float next, float 
     return __fmaf_rn(sum, old, __fmul_rn(next, add));
 }
 
+/* An output: its sum over the weights' sum, which is 1 at least. The approximate inverse and one step of Newton's from
+ * there, without the branches of a division, since it is the end of the critical path. */
+__device__ __forceinline__ float inverse_of(float l) {
+    return __fdividef(1.0f, l);
+}
+__device__ __forceinline__ float quotient(float o, float l, float inverse) {
+    const float q = __fmul_rn(o, inverse);
+    return __fmaf_rn(__fmaf_rn(-q, l, o), inverse, q);
+}
+
 /* What a lane holds of a split: heads 2t and 2t + 1 of dimensions 16 d + g (o[d][0], o[d][1]) and 8 more (o[d][2],
  * o[d][3]); g = lane / 4, t = lane % 4. */
 template <int DIM> struct WarpPartial {

@@ -12,7 +12,8 @@ __global__ void __launch_bounds__(32 * W, 1) rows_kernel(const Attention a, floa
     note(a.trace, LLA_BLOCK_BEGAN);
     pdl_launch_next();
     Jobs jobs(a, nullptr);
-    attend_rows<T, DIM, W>(a, smem, jobs, jobs.count_splits(), scale);
+    jobs.count_splits();
+    attend_rows<T, DIM, W>(a, smem, jobs, scale);
     /* A kernel ends only after those before it, so that a wait for it is a wait for all; but blocks without work make
      * room for the next kernel's. */
     if (blockIdx.x == 0) pdl_wait();

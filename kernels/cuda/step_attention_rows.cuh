@@ -53,6 +53,8 @@ struct Jobs {
         words; /* NULL: all rows; else only those with a bit in the first words and not in the second */
     const unsigned rows, lane, group, chunks, per_run;
     unsigned run = 1;                                /* splits of a run, about */
+    unsigned total = 0, longest = 0;                 /* splits of all rows, and of the longest one */
+    bool has_all = true, is_plain = false;           /* all rows are among the jobs'; and none is cut */
     unsigned base = 0, before = 0, before_slots = 0; /* rows [base, base + 32), jobs and slots before them */
 
     __device__ __forceinline__ Jobs(const Attention &a, const uint32_t *words)
@@ -70,12 +72,15 @@ struct Jobs {
         const unsigned n = (splits + run / 2) / run;
         return n ? n : splits ? 1 : 0;
     }
-    /* Of all rows. */
-    __device__ __forceinline__ unsigned count_splits() const {
-        unsigned total = 0;
+    __device__ __forceinline__ void count_splits() {
 #pragma unroll 4
-        for (unsigned row = lane; row < rows; row += 32) total += splits(row);
-        return __reduce_add_sync(~0u, total);
+        for (unsigned row = lane; row < rows; row += 32) {
+            const unsigned n = splits(row);
+            total += n;
+            longest = max(longest, n);
+        }
+        total = __reduce_add_sync(~0u, total);
+        longest = __reduce_max_sync(~0u, longest);
     }
     /* Every lane gets the sum over it and the lanes before. */
     __device__ __forceinline__ unsigned scan(unsigned v) const {
@@ -86,10 +91,11 @@ struct Jobs {
         }
         return v;
     }
-    /* Cuts long rows so that no block has more than about its share of the splits, of which there are `total`. */
-    __device__ __forceinline__ void cut(unsigned total, unsigned least) {
+    /* Cuts long rows so that no block has more than about its share of the splits. */
+    __device__ __forceinline__ void cut(unsigned least) {
         const unsigned share = (total * per_run + gridDim.x - 1) / gridDim.x;
         run = total > a.max_splits ? 0x40000000u : share > least ? share : least;
+        is_plain = has_all && runs(longest) <= 1;
     }
     __device__ __forceinline__ void take_heads(Job &job, unsigned chunk) const {
         job.head0 = job.kvhead * group + chunk * HEADS;
@@ -97,9 +103,23 @@ struct Jobs {
     }
     /* Goes back to the first job. */
     __device__ __forceinline__ void rewind() { base = before = before_slots = 0; }
+    __device__ __forceinline__ void take_row(Job &job, unsigned row, unsigned at) const {
+        job.row = row;
+        job.kvhead = at / chunks;
+        take_heads(job, at % chunks);
+        job.length = (unsigned)a.positions[row] + 1;
+        job.table = a.table + (size_t)a.row_seq[row] * a.max_blocks;
+    }
     /* Job `item`, which grows from call to call; heads 0: there is none. */
     __device__ __forceinline__ Job find(unsigned item) {
         Job job = {};
+        if (is_plain) {
+            if (item >= rows * per_run) return job;
+            take_row(job, item / per_run, item % per_run);
+            job.runs = 1;
+            job.last = (job.length - 1) / SPLIT + 1;
+            return job;
+        }
         for (; base < rows; base += 32) {
             const unsigned n = splits(base + lane), cuts = runs(n), slots = cuts > 1 ? n : 0;
             const unsigned upto = before + scan(cuts * per_run), slots_upto = before_slots + scan(slots);
@@ -111,13 +131,9 @@ struct Jobs {
                 job.runs = __shfl_sync(~0u, cuts, from);
                 job.run = at / per_run;
                 job.slot = __shfl_sync(~0u, slots_upto - slots, from);
-                job.row = base + from;
                 job.first = all * job.run / job.runs;
                 job.last = all * (job.run + 1) / job.runs;
-                job.kvhead = at % per_run / chunks;
-                take_heads(job, at % chunks);
-                job.length = (unsigned)a.positions[job.row] + 1;
-                job.table = a.table + (size_t)a.row_seq[job.row] * a.max_blocks;
+                take_row(job, base + from, at % per_run);
                 break;
             }
             before = __shfl_sync(~0u, upto, 31);
@@ -246,17 +262,18 @@ __device__ __forceinline__ void merge_slice(const Attention &a, RowsMemory<T, DI
         rows_barrier<W>();
         if (!has_sum && has_any) {
             T *out = (T *)a.out + ((size_t)job.row * a.nhead + job.head0) * DIM + 4 * first + threadIdx.x;
-            *out = from_float<T>(sum / s.result[0].l[head]);
+            const float l = s.result[0].l[head];
+            *out = from_float<T>(quotient(sum, l, inverse_of(l)));
         }
     }
 }
 
 /* ---- all of a block's jobs ---- */
 
-/* The first W warps of every block call it; the jobs, of so many splits in all, are shared among the grid's blocks. It
+/* The first W warps of every block call it; the jobs, whose splits are counted, are shared among the grid's blocks. It
  * waits for the kernels before, unless there is no job for this block. */
 template <class T, int DIM, int W>
-__device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs &jobs, unsigned total, float scale) {
+__device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs &jobs, float scale) {
     constexpr unsigned UNITS = DIM / 8, TOKENS = 32 / UNITS; /* of a pass: tokens that a warp copies at once */
     constexpr unsigned PAIRS = DIM / 2, PER = (HEADS * PAIRS + 32 * W - 1) / (32 * W);
     static_assert(SPLIT == 64 && PAIRS % 32 == 0, "two places a lane; a warp merges pairs of one head");
@@ -309,8 +326,9 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
     };
 
     /* Step inputs were there before the step's first kernel began, and so were keys and values of earlier steps. What
-     * follows the wait is on the step's critical path: q and the tokens of this step, often one, in one go. */
-    jobs.cut(total, W);
+     * follows the wait is on the step's critical path: q and the tokens of this step, often one, in one go. The next
+     * job is looked for when all of that has been asked for. */
+    jobs.cut(W);
     unsigned item = blockIdx.x;
     Job job = jobs.find(item);
     if (!job.heads) return;
@@ -328,7 +346,6 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
     bool has_results = false; /* the warps' have been read */
     bool is_cut = false;      /* a row of the block's jobs */
     for (Job next; job.heads; job = next) {
-        next = jobs.find(item += gridDim.x);
         if (!is_free) {
             pdl_wait();
             note(a.trace, LLA_BLOCK_FREE);
@@ -342,6 +359,7 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
             }
             is_free = true;
         }
+        next = jobs.find(item += gridDim.x);
 
         /* Sums begin at -0, which leaves the first split's as it is. `top`: the maximum of the lane's head. */
         float2 o[PER];
@@ -424,18 +442,20 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
             upto = fmaxf(top, upto);
             const float old = exp2_fast(before - upto), add = exp2_fast(next_m - upto);
             top = __shfl_sync(~0u, upto, mine * W + W - 1);
+            /* No branches: all of it stands on the critical path, and its loads are to be under way at once. What is
+             * not there is zero, its weight too, and the other one's is 1. */
 #pragma unroll
             for (unsigned i = 0; i < W; i++) {
-                if (i >= count) break;
                 const SplitResult<DIM> &r = s.result[i];
 #pragma unroll
                 for (unsigned j = 0; j < PER; j++) {
-                    const unsigned pair = threadIdx.x + j * (32 * W), head = pair / PAIRS, d = pair % PAIRS * 2;
-                    if (head >= job.heads) continue;
-                    const float2 po = *reinterpret_cast<const float2 *>(&r.o[head][d]);
+                    const unsigned pair = threadIdx.x + j * (32 * W), head = min(pair / PAIRS, HEADS - 1u);
+                    const float2 po =
+                        i < count ? *reinterpret_cast<const float2 *>(&r.o[head][pair % PAIRS * 2]) : make_float2(0, 0);
+                    const float pl = i < count ? r.l[head] : 0;
                     const float keep = __shfl_sync(~0u, old, j * W + i), take = __shfl_sync(~0u, add, j * W + i);
                     o[j] = make_float2(merged(o[j].x, keep, po.x, take), merged(o[j].y, keep, po.y, take));
-                    l[j] = merged(l[j], keep, r.l[head], take);
+                    l[j] = merged(l[j], keep, pl, take);
                 }
             }
         }
@@ -453,7 +473,9 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
             const unsigned pair = threadIdx.x + j * (32 * W), head = pair / PAIRS, d = pair % PAIRS * 2;
             if (head >= job.heads) continue;
             T *out = (T *)a.out + ((size_t)job.row * a.nhead + job.head0 + head) * DIM + d;
-            *reinterpret_cast<uint32_t *>(out) = pack_pair<T>(o[j].x / l[j], o[j].y / l[j]);
+            const float inverse = inverse_of(l[j]);
+            *reinterpret_cast<uint32_t *>(out) =
+                pack_pair<T>(quotient(o[j].x, l[j], inverse), quotient(o[j].y, l[j], inverse));
         }
     }
 

@@ -29,8 +29,9 @@ struct Rows {
  * each that is alone of its sequence (attend_rows() takes those). Tiles begin where a sequence does, and at positions
  * that are multiples of `most`. */
 struct Survey {
-    unsigned splits[8], tiles[8]; /* of each warp's rows: splits of the lonely ones; tiles of the others */
-    uint32_t words[1];            /* [2, words]: ends of tiles; of these the beginnings of tiles, too */
+    unsigned splits[8], longest[8]; /* of each warp's lonely rows: splits, also of the longest */
+    unsigned tiles[8];              /* of the others */
+    uint32_t words[1];              /* [2, words]: ends of tiles; of these the beginnings of tiles, too */
 };
 
 /* Bytes of a survey. */
@@ -41,7 +42,7 @@ inline size_t survey_bytes(size_t rows) {
 /* All threads of the block call it. */
 __device__ __forceinline__ void survey_rows(const Flash &a, unsigned most, Survey &s) {
     const unsigned rows = (unsigned)a.header->nrow, lane = threadIdx.x % 32, nword = (rows + 31) / 32;
-    unsigned splits = 0, tiles = 0;
+    unsigned splits = 0, longest = 0, tiles = 0;
 #pragma unroll 4
     for (unsigned w = threadIdx.x / 32; w < nword; w += blockDim.x / 32) {
         const unsigned r = w * 32 + lane;
@@ -52,7 +53,10 @@ __device__ __forceinline__ void survey_rows(const Flash &a, unsigned most, Surve
             const bool is_first = r == 0 || seq != a.row_seq[r - 1];
             starts = is_first || position % most == 0;
             alone = is_first && (r + 1 == rows || seq != a.row_seq[r + 1]);
-            if (alone) splits += position / SPLIT + 1;
+            if (alone) {
+                splits += position / SPLIT + 1;
+                longest = max(longest, position / SPLIT + 1);
+            }
         }
         const uint32_t all = __ballot_sync(~0u, starts), shared = __ballot_sync(~0u, starts && !alone);
         tiles += __popc(shared);
@@ -62,8 +66,10 @@ __device__ __forceinline__ void survey_rows(const Flash &a, unsigned most, Surve
         }
     }
     splits = __reduce_add_sync(~0u, splits);
+    longest = __reduce_max_sync(~0u, longest);
     if (lane == 0) {
         s.splits[threadIdx.x / 32] = splits;
+        s.longest[threadIdx.x / 32] = longest;
         s.tiles[threadIdx.x / 32] = tiles;
     }
     __syncthreads();
@@ -115,15 +121,15 @@ template <class T, int DIM, int W>
 __device__ __forceinline__ unsigned survey_and_attend_rows(const Attention &by_row, const Flash &a, unsigned most,
                                                            char *smem, Survey &s) {
     survey_rows(a, most, s);
-    unsigned splits = 0, tiles = 0;
+    Jobs jobs(by_row, s.words);
+    unsigned tiles = 0;
     for (unsigned w = 0; w < blockDim.x / 32; w++) {
-        splits += s.splits[w];
+        jobs.total += s.splits[w];
+        jobs.longest = max(jobs.longest, s.longest[w]);
         tiles += s.tiles[w];
     }
-    if (splits && threadIdx.x < 32 * W) {
-        Jobs jobs(by_row, s.words);
-        attend_rows<T, DIM, W>(by_row, smem, jobs, splits, a.scale);
-    }
+    jobs.has_all = !tiles;
+    if (jobs.total && threadIdx.x < 32 * W) attend_rows<T, DIM, W>(by_row, smem, jobs, a.scale);
     return tiles * a.nkvhead;
 }
 
@@ -194,10 +200,11 @@ __device__ __forceinline__ void write_rows(const Flash &a, const Rows &rows, uns
         const unsigned m = m0 + 8 * h, row = m / a.group;
         if (row >= rows.count) continue;
         T *out = (T *)a.out + ((size_t)(rows.first + row) * a.nhead + kvhead * a.group + m % a.group) * DIM;
+        const float sum = sums.sum[h], inverse = inverse_of(sum);
 #pragma unroll
         for (unsigned n = 0; n < DIM / 8; n++)
             *(uint32_t *)(out + n * 8 + threadIdx.x % 4 * 2) =
-                pack_pair<T>(__fdiv_rn(o[n][2 * h], sums.sum[h]), __fdiv_rn(o[n][2 * h + 1], sums.sum[h]));
+                pack_pair<T>(quotient(o[n][2 * h], sum, inverse), quotient(o[n][2 * h + 1], sum, inverse));
     }
 }
 

@@ -15,6 +15,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -144,6 +145,12 @@ static inline unsigned __reduce_add_sync(unsigned, unsigned v) {
     unsigned sum = 0;
     for (unsigned i = 0; i < 32; i++) sum += emulator::of_lane<unsigned>(lanes, i);
     return sum;
+}
+static inline unsigned __reduce_max_sync(unsigned, unsigned v) {
+    const emulator::Lanes &lanes = emulator::exchange(&v, sizeof v);
+    unsigned most = 0;
+    for (unsigned i = 0; i < 32; i++) most = std::max(most, emulator::of_lane<unsigned>(lanes, i));
+    return most;
 }
 /* fibers change only where they wait, so that these are atomic as they are */
 template <class T, class U> T atomicAdd(T *p, U v) {
