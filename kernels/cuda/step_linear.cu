@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(32 * W, 4) linear_kernel(const Linear a) {
     Operands operands = {};
     if (E == QKV && is_mine) {
         slot = slot_of(a, first + my_col);
-        operands = prepare<T, E, false>(a, first + my_col, tile, my_g);
+        operands = prepare<T, E, false>(a, first + my_col, tile, my_g, slot);
     }
     Part<T, NORM> part(a, first, rows, k_first, length);
     if (!BY_ROW)
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(32 * W, 4) linear_kernel(const Linear a) {
 
     /* ---- x, normed ---- */
     if (!BY_ROW) part.load();
-    if (E == ADD && is_mine) operands = prepare<T, E, false>(a, first + my_col, tile, my_g);
+    if (E == ADD && is_mine) operands = prepare<T, E, false>(a, first + my_col, tile, my_g, slot);
     if constexpr (BY_ROW) {
 #pragma unroll 1
         for (unsigned r = warp; r < rows; r += W)
@@ -184,12 +184,21 @@ __global__ void __launch_bounds__(32 * W, 4) linear_kernel(const Linear a) {
 #pragma unroll 1
         for (unsigned k = 0; k < length; k += DEPTH) {
             cp_async_wait<GROUPS - 1>();
-#pragma unroll
-            for (unsigned d = 0; d < DEPTH; d++) {
-                if (k + d >= length) break;
+            const auto weights_at = [&](unsigned d) { return load_shared_16(ring + drain + d * SLOT); };
+            const auto columns_at = [&](unsigned d) {
                 const uint32_t column = x + (k + d) * (LLA_TILE * sizeof(T));
-                mma_16816<T>(acc, load_shared_16(ring + drain + d * SLOT),
-                             make_uint2(load_shared_4(column), load_shared_4(column + 8 * sizeof(T))));
+                return make_uint2(load_shared_4(column), load_shared_4(column + 8 * sizeof(T)));
+            };
+            if (k + DEPTH <= length) { /* operands of a whole group first: none waits for the product before */
+                uint4 w[DEPTH];
+                uint2 columns[DEPTH];
+#pragma unroll
+                for (unsigned d = 0; d < DEPTH; d++) w[d] = weights_at(d), columns[d] = columns_at(d);
+#pragma unroll
+                for (unsigned d = 0; d < DEPTH; d++) mma_16816<T>(acc, w[d], columns[d]);
+            } else {
+#pragma unroll 1
+                for (unsigned d = 0; k + d < length; d++) mma_16816<T>(acc, weights_at(d), columns_at(d));
             }
             request();
             drain = drain + DEPTH * SLOT == RING ? 0 : drain + DEPTH * SLOT;
@@ -208,8 +217,8 @@ __global__ void __launch_bounds__(32 * W, 4) linear_kernel(const Linear a) {
                 low += from[w * 16 * COLS];
                 high += from[(w * 16 + 8) * COLS];
             }
-            finish<T, E>(a, first + my_col, tile, my_g, low, high, slot, operands);
-            if (next < ntiles) operands = prepare<T, E, false>(a, first + my_col, next, my_g);
+            finish<T, E>(a, first + my_col, tile, my_g, low, high, operands);
+            if (next < ntiles) operands = prepare<T, E, false>(a, first + my_col, next, my_g, slot);
         }
         turn ^= W * 16 * COLS; /* the next tile's sums lie elsewhere: nobody waits for those who read these */
         tile = next;

@@ -43,15 +43,17 @@ __device__ __forceinline__ Slot slot_of(const Linear &a, size_t row) {
     return Slot{(block * a.nkvhead * kv_block + position % kv_block) * a.head_dim};
 }
 
-/* What an output needs beside its sums: bias, cosine and sine, or what it is added to. Requested before the product,
- * or while its parts' sums meet, and used after it. */
+/* What an output needs beside its sums: what they are added to, bias or residual; of qkv, cosine and sine, and where
+ * the pair goes. Requested before the product, or while its parts' sums meet, and used after it. */
 struct Operands {
     float low, high, c, s;
+    void *to; /* NULL: nowhere */
+    bool rotates;
 };
 
 /* AHEAD: only asks for the lines. */
 template <class T, Epilogue E, bool AHEAD>
-__device__ __forceinline__ Operands prepare(const Linear &a, size_t row, size_t tile, size_t g) {
+__device__ __forceinline__ Operands prepare(const Linear &a, size_t row, size_t tile, size_t g, const Slot &slot) {
     Operands p = {};
     if (E == QKV) {
         const unsigned pair = (unsigned)(tile * 8 + g), half = (unsigned)a.half, head = pair / half, j = pair % half;
@@ -67,6 +69,13 @@ __device__ __forceinline__ Operands prepare(const Linear &a, size_t row, size_t 
         }
         p = Operands{to_float<T>(bias[j]), to_float<T>(bias[j + a.half]), to_float<T>(rope[j]),
                      to_float<T>(rope[j + a.half])};
+        p.rotates = head < a.nhead + a.nkvhead;
+        if (head < a.nhead) {
+            p.to = (T *)a.q + (row * a.nhead + head) * a.head_dim + j;
+        } else {
+            const size_t kvhead = head - a.nhead - (p.rotates ? 0 : a.nkvhead);
+            p.to = (T *)(p.rotates ? a.k_cache : a.v_cache) + slot.at + kvhead * a.kv_block * a.head_dim + j;
+        }
     } else if (E == ADD) {
         const size_t n = tile * LLA_TILE + g;
         if (n < a.n) p.low = to_float<T>(((const T *)a.out)[row * a.n + n]);
@@ -78,23 +87,14 @@ __device__ __forceinline__ Operands prepare(const Linear &a, size_t row, size_t 
 /* What becomes of the two sums of a tile's rows g and g + 8 for one row of the step. */
 template <class T, Epilogue E>
 __device__ __forceinline__ void finish(const Linear &a, size_t row, size_t tile, size_t g, float low, float high,
-                                       const Slot &slot, const Operands &p) {
+                                       const Operands &p) {
     if (E == QKV) {
-        const unsigned pair = (unsigned)(tile * 8 + g), half = (unsigned)a.half, head = pair / half, j = pair % half;
-        if (head >= a.nhead + 2 * a.nkvhead) return;
+        if (!p.to) return;
         low = rounded<T>(low + p.low);
         high = rounded<T>(high + p.high);
-        if (head < a.nhead + a.nkvhead) rotate<T>(low, high, p.c, p.s);
-        T *to;
-        if (head < a.nhead) {
-            to = (T *)a.q + (row * a.nhead + head) * a.head_dim;
-        } else {
-            const bool is_v = head >= a.nhead + a.nkvhead;
-            const size_t kvhead = head - a.nhead - (is_v ? a.nkvhead : 0);
-            to = (T *)(is_v ? a.v_cache : a.k_cache) + slot.at + kvhead * a.kv_block * a.head_dim;
-        }
-        to[j] = from_float<T>(low);
-        to[j + half] = from_float<T>(high);
+        if (p.rotates) rotate<T>(low, high, p.c, p.s);
+        ((T *)p.to)[0] = from_float<T>(low);
+        ((T *)p.to)[a.half] = from_float<T>(high);
     } else if (E == SWIGLU) {
         const size_t j = tile * 8 + g;
         if (j >= a.half) return;

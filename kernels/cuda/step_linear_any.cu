@@ -158,7 +158,8 @@ template <class T, Epilogue E, bool STAGED> __global__ void __launch_bounds__(32
                  first = blockIdx.y * (size_t)COLS;
     const size_t rows = first >= total ? 0 : total - first < COLS ? total - first : COLS;
     if (E == QKV && threadIdx.x < rows) slots[threadIdx.x] = slot_of(a, first + threadIdx.x);
-    if (E == QKV && threadIdx.x / 8 < rows) prepare<T, E, true>(a, first + threadIdx.x / 8, tile, threadIdx.x % 8);
+    if (E == QKV && threadIdx.x / 8 < rows)
+        prepare<T, E, true>(a, first + threadIdx.x / 8, tile, threadIdx.x % 8, Slot{});
     if (STAGED && a.norm && threadIdx.x * 128 < a.k * sizeof(T)) prefetch_l1((const char *)a.norm + threadIdx.x * 128);
     pdl_wait();
     note(a.trace, LLA_BLOCK_FREE);
@@ -184,7 +185,8 @@ template <class T, Epilogue E, bool STAGED> __global__ void __launch_bounds__(32
     Operands operands = {}; /* of this thread's output */
     const int my_g = threadIdx.x % 8, my_col = threadIdx.x / 8;
     auto multiply = [&](const Weights<T>(&w)[DEPTH]) {
-        if (batch == 0 && (size_t)my_col < rows) operands = prepare<T, E, false>(a, first + my_col, tile, my_g);
+        if (batch == 0 && (size_t)my_col < rows)
+            operands = prepare<T, E, false>(a, first + my_col, tile, my_g, slots[E == QKV ? my_col : 0]);
 #pragma unroll
         for (int d = 0; d < DEPTH; d++) {
             /* beyond the warp's part the weights are zeros, and any columns do */
@@ -206,7 +208,7 @@ template <class T, Epilogue E, bool STAGED> __global__ void __launch_bounds__(32
                 low += sums[(part * 16 + my_g) * COLS + my_col];
                 high += sums[(part * 16 + my_g + 8) * COLS + my_col];
             }
-            finish<T, E>(a, first + my_col, tile, my_g, low, high, slots[E == QKV ? my_col : 0], operands);
+            finish<T, E>(a, first + my_col, tile, my_g, low, high, operands);
         }
         __syncthreads();
         tile += gridDim.x;

@@ -23,10 +23,14 @@ enum {
     ROW_BYTES = 128, /* of x in a stage: eight units of 16 bytes, swizzled by row */
     PIECE = 512,     /* bytes of a 16 x 16 tile of weights, or of a 16 x 8 one of sums */
     CLUSTER = PARTS, /* blocks that share K, a part each */
-    /* Of a block; of one in a cluster. 16 leave a thread 128 registers, so that down's blocks fit beside gate_up's. */
+    /* Of a block; of one in a cluster. */
     MAX_WARPS = 16,
     MAX_WARPS_SPLIT = 14,
 };
+
+/* Warps for which a thread's registers are counted out: 16 leave it 128, so that down's blocks fit beside gate_up's;
+ * 18 leave 112, so that two of qkv's share an SM where their rings are small, and attention finds others empty. */
+template <int NT, bool SPLIT> constexpr int BOUND_WARPS = !SPLIT ? MAX_WARPS : NT <= 4 ? 18 : MAX_WARPS_SPLIT;
 
 /* How the row tiles are shared. */
 struct Shape {
@@ -41,8 +45,7 @@ struct Shape {
 /* 8 NT columns a block (blockIdx.y chooses which). SPLIT: K is split over a cluster. Of the ring's STAGES, STEP are
  * multiplied between two barriers, while the others are on their way. */
 template <class T, int NT, Epilogue E, bool SPLIT, int STAGES, int STEP>
-__global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
-    many_kernel(const Linear a, const Shape s) {
+__global__ void __launch_bounds__(32 * BOUND_WARPS<NT, SPLIT>, 1) many_kernel(const Linear a, const Shape s) {
     LLA_DYNAMIC_SHARED(smem, 128);
     constexpr int AHEAD = STAGES - STEP;
     constexpr unsigned COLS = 8 * NT, X_BYTES = COLS * ROW_BYTES;
@@ -138,15 +141,13 @@ __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
     unsigned tile0 = team * s.slots; /* slot 0's tile of the round */
     bool mine = false;
     Operands operands[2] = {};
-    Slot slots[2] = {};
     auto fetch = [&] {
         mine = reader && my_slot < s.slots && tile0 + my_slot < s.ntiles;
 #pragma unroll
         for (unsigned e = 0; e < 2; e++)
-            if (mine && col + e < rows) {
-                operands[e] = prepare<T, E, false>(a, col0 + col + e, tile0 + my_slot, g);
-                if (E == QKV) slots[e] = slot_of(a, col0 + col + e);
-            }
+            if (mine && col + e < rows)
+                operands[e] = prepare<T, E, false>(a, col0 + col + e, tile0 + my_slot, g,
+                                                   E == QKV ? slot_of(a, col0 + col + e) : Slot{});
     };
     if (SPLIT && E == QKV) fetch(); /* nothing of it comes from the kernel before */
     pdl_wait();
@@ -217,9 +218,9 @@ __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
                 for (unsigned e = 0; e < 2; e++) {
                     const unsigned row = 8 * n + lane % 4 * 2 + e;
                     if (row >= rows) continue;
-                    finish<T, E>(a, col0 + row, tile, g, total[n][e], total[n][2 + e],
-                                 E == QKV ? slot_of(a, col0 + row) : Slot{},
-                                 prepare<T, E, false>(a, col0 + row, tile, g));
+                    finish<T, E>(
+                        a, col0 + row, tile, g, total[n][e], total[n][2 + e],
+                        prepare<T, E, false>(a, col0 + row, tile, g, E == QKV ? slot_of(a, col0 + row) : Slot{}));
                 }
         } else {
             if (s.overlaid) { /* nobody fills or reads the ring any more */
@@ -265,7 +266,7 @@ __global__ void __launch_bounds__(32 * (SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS), 1)
 #pragma unroll
             for (unsigned e = 0; e < 2; e++)
                 if (mine && col + e < rows)
-                    finish<T, E>(a, col0 + col + e, tile0 + my_slot, g, sum[e], sum[2 + e], slots[e], operands[e]);
+                    finish<T, E>(a, col0 + col + e, tile0 + my_slot, g, sum[e], sum[2 + e], operands[e]);
             tile0 += round_tiles;
             if (E == QKV && i + 1 < stages) fetch();
         }
