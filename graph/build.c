@@ -11,10 +11,10 @@ _Static_assert(LLA_B_COUNT <= 32, "bit sets of buffers are 32 bits wide");
 
 /* In the order of enum lla_buf. */
 static const char *const buffer_names[LLA_B_COUNT] = {
-    "header",    "tokens",   "positions",  "row_seq", "block_table", "logit_rows", "sampling",
-    "bias",      "mask",     "next",       "odds",    "twin",        "arrived",    "rope",
-    "kv_tokens", "k_cache",  "v_cache",    "x",       "attn_normed", "qkv",        "q",
-    "partial",   "attn_out", "mlp_normed", "act",     "head_normed", "logits",     "candidates"};
+    "header",     "tokens",  "positions",   "row_seq",     "block_table", "logit_rows", "sampling", "bias",
+    "mask",       "next",    "odds",        "twin",        "arrived",     "best",       "rope",     "kv_tokens",
+    "k_cache",    "v_cache", "x",           "attn_normed", "qkv",         "q",          "partial",  "attn_out",
+    "mlp_normed", "act",     "head_normed", "logits",      "candidates"};
 
 struct builder {
     const struct lla_graph *graph;
@@ -55,6 +55,7 @@ static void declare_all(const struct lla_plan *p, const struct lla_dims *d, stru
     for (int id = LLA_B_HEADER; id <= LLA_B_ODDS; id++) twin += (b[id].nbytes + LLA_ALIGN - 1) / LLA_ALIGN * LLA_ALIGN;
     declare(b, LLA_B_TWIN, LLA_R_STEP, 1, 1, is_cpu ? 1 : twin, "header to odds again");
     declare(b, LLA_B_ARRIVED, LLA_R_STEP, rows, d->nkvhead, 4, "i32");
+    declare(b, LLA_B_BEST, LLA_R_STEP, is_cpu ? 1 : seqs, 1, 8, "u64");
     declare(b, LLA_B_ROPE, LLA_R_TABLE, p->limits.max_seq, d->head_dim, e, type);
 
     declare(b, LLA_B_KV_TOKENS, LLA_R_KV, p->nblock, d->kv_block, 4, "i32");
@@ -95,7 +96,7 @@ static void embed(struct builder *b) {
                               .name = "embed",
                               .reads = BIT(HEADER) | BIT(TOKENS) | BIT(POSITIONS) | BIT(ROW_SEQ) | BIT(BLOCK_TABLE) |
                                        BIT(NEXT) | BIT(TWIN),
-                              .writes = BIT(X) | BIT(KV_TOKENS),
+                              .writes = BIT(X) | BIT(KV_TOKENS) | BIT(BEST),
                               .embed = {.weight = w(b, LLA_W_EMBED, 0), .x = b->graph->offset[LLA_B_X]}});
 }
 
@@ -164,8 +165,8 @@ static void head(struct builder *b) {
     const size_t *at = b->graph->offset;
     node(b, (struct lla_node){.op = LLA_OP_HEAD,
                               .name = "head",
-                              .reads = BIT(HEADER) | BIT(X) | BIT(LOGIT_ROWS),
-                              .writes = BIT(HEAD_NORMED) | BIT(LOGITS),
+                              .reads = BIT(HEADER) | BIT(X) | BIT(LOGIT_ROWS) | BIT(BEST),
+                              .writes = BIT(HEAD_NORMED) | BIT(LOGITS) | BIT(BEST),
                               .head = {.x = at[LLA_B_X],
                                        .norm = w(b, LLA_W_NORM, 0),
                                        .w = w(b, LLA_W_HEAD, 0),
@@ -174,7 +175,7 @@ static void head(struct builder *b) {
     node(b, (struct lla_node){.op = LLA_OP_SAMPLE,
                               .name = "sample",
                               .reads = BIT(HEADER) | BIT(LOGITS) | BIT(LOGIT_ROWS) | BIT(ROW_SEQ) | BIT(BLOCK_TABLE) |
-                                       BIT(SAMPLING) | BIT(BIAS) | BIT(MASK) | BIT(KV_TOKENS),
+                                       BIT(SAMPLING) | BIT(BIAS) | BIT(MASK) | BIT(KV_TOKENS) | BIT(BEST),
                               .writes = BIT(CANDIDATES) | BIT(ARRIVED) | BIT(NEXT) | BIT(ODDS),
                               .sample = {.logits = at[LLA_B_LOGITS], .candidates = at[LLA_B_CANDIDATES]}});
 }
@@ -265,6 +266,7 @@ lla_status lla_graph_make(const struct lla_spec *spec, const struct lla_limits *
                                 .odds = at[LLA_B_ODDS],
                                 .fed = at[LLA_B_NEXT] + graph->twin,
                                 .arrived = at[LLA_B_ARRIVED],
+                                .best = at[LLA_B_BEST],
                                 .kv_tokens = at[LLA_B_KV_TOKENS]};
     return LLA_OK;
 }

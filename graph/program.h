@@ -29,6 +29,7 @@ enum lla_buf {
     LLA_B_ODDS,
     LLA_B_TWIN,
     LLA_B_ARRIVED,
+    LLA_B_BEST,
     LLA_B_ROPE,
     LLA_B_KV_TOKENS,
     LLA_B_K_CACHE,

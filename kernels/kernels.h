@@ -96,6 +96,8 @@ struct lla_io {
     size_t odds;        /* struct lla_odds [max_seqs], out; on a GPU */
     size_t fed;         /* i32 [max_seqs]: `next` of the step before */
     size_t arrived;     /* i32 [max_rows, nkvhead]: counters of the GPU's attention, zero between steps */
+    size_t best;        /* u64 [max_seqs]: a GPU's head may leave there what is the largest of a row's logits, in an
+                           order of integers, and below it ~token; else 0, which embed writes */
     size_t kv_tokens;   /* i32 [nblock, kv_block]: the tokens of which the KV blocks hold keys and values */
 };
 

@@ -106,11 +106,6 @@ struct list {
 
 /* ---- as in draw.c ---- */
 
-__device__ __forceinline__ uint32_t key_of(float value) {
-    const uint32_t bits = __float_as_uint(__fadd_rn(value, 0.0f));
-    return bits ^ ((0u - (bits >> 31)) | 0x80000000u);
-}
-
 __device__ __forceinline__ float value_of(uint32_t key) {
     return __uint_as_float(key >> 31 ? key ^ 0x80000000u : ~key);
 }

@@ -12,6 +12,17 @@ __device__ __forceinline__ bool better(float v, int32_t i, float w, int32_t j) {
     return i < j;
 }
 
+/* Integers in the order of floats; -0 is 0, and NaN, which has been computed, larger than any. */
+__device__ __forceinline__ uint32_t key_of(float value) {
+    const uint32_t bits = __float_as_uint(__fadd_rn(value, 0.0f));
+    return bits ^ ((0u - (bits >> 31)) | 0x80000000u);
+}
+
+/* The same with its token, in the order of better(); never 0. */
+__device__ __forceinline__ unsigned long long key_of(float value, uint32_t token) {
+    return (unsigned long long)key_of(value) << 32 | ~token;
+}
+
 /* Chooses the tokens of rows that are not plain, and finds their odds (struct lla_draw has the formulas). */
 lla_status lla_cuda_draw(const lla_cuda_ctx *ctx, const lla_sample_args *args);
 

@@ -9,6 +9,7 @@
  * that they need not wait for each other; indices are 32 bits wide; and the code is short, since each kernel's turn
  * finds the instruction cache cold. Few registers leave room on an SM for the kernels to come.
  */
+#include "step_draw.cuh"
 #include "step_linear.cuh"
 #include "step_many.h"
 
@@ -106,7 +107,9 @@ __global__ void __launch_bounds__(32 * W, 4) linear_kernel(const Linear a) {
         if (fill == ring + RING) fill = ring;
     };
     note(a.trace, LLA_BLOCK_BEGAN);
-    pdl_launch_next();
+    /* Down, which asks for much at once, is not to begin before one row's x has been asked for. */
+    const bool is_launch_late = E == SWIGLU && a.max_rows == 1;
+    if (!is_launch_late) pdl_launch_next();
 #pragma unroll 1
     for (int i = 0; i < GROUPS; i++) {
         request();
@@ -147,6 +150,7 @@ __global__ void __launch_bounds__(32 * W, 4) linear_kernel(const Linear a) {
 
     /* ---- x, normed ---- */
     if (!BY_ROW) part.load();
+    if (is_launch_late) pdl_launch_next();
     if (E == ADD && is_mine) operands = prepare<T, E, false>(a, first + my_col, tile, my_g, slot);
     if constexpr (BY_ROW) {
 #pragma unroll 1
@@ -178,6 +182,7 @@ __global__ void __launch_bounds__(32 * W, 4) linear_kernel(const Linear a) {
     /* ---- the products; columns beyond the last row repeat it, and nobody looks at them ---- */
     const uint32_t x = shared_address(staged + min(lane / 4, rows - 1) * pitch + k_first * LLA_TILE + lane % 4 * 2);
     unsigned drain = 0, turn = 0;
+    unsigned long long best = 0;
 #pragma unroll 1
     while (tile < ntiles) {
         float acc[4] = {};
@@ -218,10 +223,20 @@ __global__ void __launch_bounds__(32 * W, 4) linear_kernel(const Linear a) {
                 high += from[(w * 16 + 8) * COLS];
             }
             finish<T, E>(a, first + my_col, tile, my_g, low, high, operands);
+            if (E == STORE) {
+                const unsigned n = tile * LLA_TILE + my_g;
+                if (n < a.n) best = max(best, key_of(rounded<T>(low), n));
+                if (n + 8 < a.n) best = max(best, key_of(rounded<T>(high), n + 8));
+            }
             if (next < ntiles) operands = prepare<T, E, false>(a, first + my_col, next, my_g, slot);
         }
         turn ^= W * 16 * COLS; /* the next tile's sums lie elsewhere: nobody waits for those who read these */
         tile = next;
+    }
+    if (E == STORE) {
+#pragma unroll
+        for (int o = 1; o < 8; o *= 2) best = max(best, __shfl_xor_sync(~0u, best, o));
+        if (is_mine && my_g == 0) atomicMax(a.best + first + my_col, best);
     }
     note(a.trace, LLA_BLOCK_ENDED);
 }
@@ -341,6 +356,7 @@ lla_status lla_cuda_head(const lla_cuda_ctx *ctx, const lla_head_args *args) {
     a.normed = ctx->arena + args->normed;
     a.w = ctx->arena + args->w;
     a.out = ctx->arena + args->logits;
+    a.best = (unsigned long long *)(ctx->arena + ctx->io.best);
     a.n = ctx->dims.vocab;
     a.k = ctx->dims.hidden;
     a.eps = ctx->dims.eps;

@@ -9,14 +9,15 @@ enum Epilogue { QKV, ADD, SWIGLU, STORE };
 
 struct Linear {
     const lla_step_header *header;
-    size_t max_rows;      /* of the bucket */
-    bool by_logit;        /* rows are the step's logit rows */
-    const int32_t *index; /* by_logit: row of x that a logit row reads */
-    const void *x;        /* [rows, k] */
-    const void *norm;     /* [k], or NULL */
-    void *normed;         /* [rows, k]: the norm's result, where it has a kernel of its own */
-    const void *w;        /* packed */
-    void *out;            /* STORE: [rows, n]; ADD: [rows, n], added to; SWIGLU: [rows, n / 2] */
+    size_t max_rows;          /* of the bucket */
+    bool by_logit;            /* rows are the step's logit rows */
+    const int32_t *index;     /* by_logit: row of x that a logit row reads */
+    const void *x;            /* [rows, k] */
+    const void *norm;         /* [k], or NULL */
+    void *normed;             /* [rows, k]: the norm's result, where it has a kernel of its own */
+    const void *w;            /* packed */
+    unsigned long long *best; /* STORE: where the kernel for few rows leaves a row's largest logit; see lla_io */
+    void *out;                /* STORE: [rows, n]; ADD: [rows, n], added to; SWIGLU: [rows, n / 2] */
     size_t n, k, half;
     float eps;
     /* QKV */

@@ -11,7 +11,7 @@ struct embed_inputs {
 
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-    embed_kernel(embed_inputs in, const T *weight, size_t hidden, T *x, int32_t *kv_tokens) {
+    embed_kernel(embed_inputs in, const T *weight, size_t hidden, T *x, int32_t *kv_tokens, unsigned long long *best) {
     pdl_launch_next();
     pdl_wait();
     const size_t row = blockIdx.x, ktiles = tiles_of(hidden);
@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(THREADS)
     for (size_t i = threadIdx.x; i < hidden; i += THREADS)
         x[row * hidden + i] = weight[packed_index((size_t)token, i, ktiles, 0)];
     if (threadIdx.x == 0) {
+        if (row < (size_t)in.header->nlogit) best[row] = 0;
         const size_t position = (size_t)in.positions[row];
         const size_t block = (size_t)in.table[(size_t)in.row_seq[row] * in.max_blocks + position / in.kv_block];
         kv_tokens[block * in.kv_block + position % in.kv_block] = token;
@@ -44,17 +45,22 @@ __device__ void best_of_block(float &best, int32_t &where) {
 
 constexpr unsigned SLICES = 32; /* blocks that share a row of logits */
 
-/* The largest logit of each plain row: every block takes a slice of the row, the last to arrive the best of the slices'
- * bests. `candidates` has room for SLICES entries a row, row_stride apart. */
+/* The largest logit of each plain row: the head's, where it found one. Else every block takes a slice of the row, the
+ * last to arrive the best of the slices' bests. `candidates` has room for SLICES entries a row, row_stride apart. */
 template <class T>
 __global__ void __launch_bounds__(THREADS)
     sample_kernel(const lla_step_header *header, const lla_sampling_row *sampling, const T *logits, size_t n,
-                  lla_candidate *candidates, size_t row_stride, int32_t *arrived, int32_t *next) {
+                  lla_candidate *candidates, size_t row_stride, const unsigned long long *found, int32_t *arrived,
+                  int32_t *next) {
     __shared__ bool is_last;
     pdl_launch_next();
     pdl_wait();
     const size_t row = blockIdx.y;
     if (row >= (size_t)header->nlogit || !lla_is_plain(&sampling[row])) return;
+    if (const unsigned long long key = found[row]) {
+        if (blockIdx.x == 0 && threadIdx.x == 0) next[row] = (int32_t)~(uint32_t)key;
+        return;
+    }
     constexpr int UNIT = 16 / sizeof(T);
     const T *values = logits + row * n;
     float best = -INFINITY;
@@ -119,9 +125,10 @@ lla_status lla_cuda_embed(const lla_cuda_ctx *ctx, const lla_embed_args *args) {
                              .table = (const int32_t *)(arena + io->block_table),
                              .max_blocks = ctx->dims.max_blocks,
                              .kv_block = ctx->dims.kv_block};
-    LLA_CUDA_BY_DTYPE(ctx->dims.dtype, return launch(ctx, "embed", embed_kernel<T>, dim3((unsigned)ctx->rows), THREADS,
-                                                     0, in, (const T *)(arena + args->weight), ctx->dims.hidden,
-                                                     (T *)(arena + args->x), (int32_t *)(arena + io->kv_tokens)));
+    LLA_CUDA_BY_DTYPE(ctx->dims.dtype,
+                      return launch(ctx, "embed", embed_kernel<T>, dim3((unsigned)ctx->rows), THREADS, 0, in,
+                                    (const T *)(arena + args->weight), ctx->dims.hidden, (T *)(arena + args->x),
+                                    (int32_t *)(arena + io->kv_tokens), (unsigned long long *)(arena + io->best)));
 }
 
 /* Plain rows, then the others: each kernel leaves at once where a row is not its own. */
@@ -135,6 +142,7 @@ lla_status lla_cuda_sample(const lla_cuda_ctx *ctx, const lla_sample_args *args)
                                       (const T *)(arena + args->logits), ctx->dims.vocab,
                                       (lla_candidate *)(arena + args->candidates),
                                       ctx->dims.vocab > SLICES ? ctx->dims.vocab : (size_t)SLICES,
+                                      (const unsigned long long *)(arena + ctx->io.best),
                                       (int32_t *)(arena + ctx->io.arrived), (int32_t *)(arena + ctx->io.next)));
     return status ? status : lla_cuda_draw(ctx, args);
 }

@@ -246,5 +246,6 @@ static inline int __clz(int v) {
 LLA_EMULATOR_LEAST_MOST(int)
 LLA_EMULATOR_LEAST_MOST(unsigned)
 LLA_EMULATOR_LEAST_MOST(size_t)
+LLA_EMULATOR_LEAST_MOST(unsigned long long)
 
 #endif
