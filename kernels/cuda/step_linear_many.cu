@@ -43,11 +43,13 @@ struct Shape {
 };
 
 /* 8 NT columns a block (blockIdx.y chooses which). SPLIT: K is split over a cluster. Of the ring's STAGES, STEP are
- * multiplied between two barriers, while the others are on their way. */
-template <class T, int NT, Epilogue E, bool SPLIT, int STAGES, int STEP>
+ * multiplied between two barriers, while the others are on their way; of EARLY, the weights are asked for before the
+ * wait for the kernel before. */
+template <class T, int NT, Epilogue E, bool SPLIT, int STAGES, int STEP, int EARLY>
 __global__ void __launch_bounds__(32 * BOUND_WARPS<NT, SPLIT>, 1) many_kernel(const Linear a, const Shape s) {
     LLA_DYNAMIC_SHARED(smem, 128);
     constexpr int AHEAD = STAGES - STEP;
+    static_assert(EARLY <= AHEAD, "what is asked for early is asked for ahead");
     constexpr unsigned COLS = 8 * NT, X_BYTES = COLS * ROW_BYTES;
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
     const unsigned rank = SPLIT ? blockIdx.x % CLUSTER : 0, team = SPLIT ? blockIdx.x / CLUSTER : blockIdx.x;
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(32 * BOUND_WARPS<NT, SPLIT>, 1) many_kernel(co
         cluster_arrive_relaxed();
     }
     ask_first();
-    for (int i = 0; i < AHEAD; i++) {
+    for (int i = 0; i < EARLY; i++) {
         request_weights();
         ask_next();
     }
@@ -160,6 +162,7 @@ __global__ void __launch_bounds__(32 * BOUND_WARPS<NT, SPLIT>, 1) many_kernel(co
     }
     ask_first();
     for (int i = 0; i < AHEAD; i++) {
+        if (i >= EARLY) request_weights();
         request_x(ask.part, ask.piece, ask.stage);
         cp_async_commit();
         ask_next();
@@ -290,9 +293,9 @@ Shape shape_for(size_t ntiles, size_t ktiles, size_t most, size_t max_slots) {
 }
 
 /* Launches the kernel where the GPU has the clusters and the shared memory, and says so. */
-template <class T, int NT, Epilogue E, bool SPLIT, int STAGES, int STEP>
+template <class T, int NT, Epilogue E, bool SPLIT, int STAGES, int STEP, int EARLY = STAGES - STEP>
 lla_status launch_many(const lla_cuda_ctx *ctx, const char *name, const Linear &a, bool *done) {
-    auto *kernel = many_kernel<T, NT, E, SPLIT, STAGES, STEP>;
+    auto *kernel = many_kernel<T, NT, E, SPLIT, STAGES, STEP, EARLY>;
     const size_t ntiles = a.half ? (a.n / 2 + 7) / 8 : tiles_of(a.n), ktiles = tiles_of(a.k);
     const size_t max_warps = SPLIT ? MAX_WARPS_SPLIT : MAX_WARPS;
     const size_t most = SPLIT ? resident_clusters(ctx, kernel, 32 * max_warps, CLUSTER) : (size_t)ctx->sm_count;
@@ -323,7 +326,10 @@ lla_status launch_many(const lla_cuda_ctx *ctx, const char *name, const Linear &
 template <class T, int NT, Epilogue E>
 lla_status launch_rows(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
     bool done = false;
-    if constexpr (E == ADD || E == QKV) LLA_TRY((launch_many<T, NT, E, true, 4, 1>(ctx, name, a, &done)));
+    if constexpr (E == ADD && NT >= 4) /* down: a deep ring, of which x does not have to stand behind all */
+        if (a.k > 2 * a.n) LLA_TRY((launch_many<T, NT, E, true, NT == 4 ? 8 : 6, 2, 3>(ctx, name, a, &done)));
+    if constexpr (E == ADD || E == QKV)
+        if (!done) LLA_TRY((launch_many<T, NT, E, true, 4, 1>(ctx, name, a, &done)));
     if constexpr (NT >= 4)
         if (!done) LLA_TRY((launch_many<T, NT, E, false, 6, 2>(ctx, name, a, &done)));
     if (!done) LLA_TRY((launch_many<T, NT, E, false, 4, 1>(ctx, name, a, &done)));
