@@ -196,7 +196,8 @@ static lla_status prefill(struct lla_runner *r, const struct options *o, const i
 }
 
 #ifdef LLA_CUDA
-/* What each op of the last step costs, by leaving it out, and alone. */
+/* What each op of the last step costs, by leaving it out, and alone. Without the head, sample looks for what the head
+ * of up to eight rows would have found. */
 static lla_status ablate(struct lla_runner *r, size_t bucket, size_t count) {
     static const char *const names[] = {
 #define X(NAME, suffix) #suffix,

@@ -26,7 +26,8 @@ __device__ __forceinline__ float merged(float sum, float old, float next, float 
 }
 
 /* An output: its sum over the weights' sum, which is 1 at least. The approximate inverse and one step of Newton's from
- * there, without the branches of a division, since it is the end of the critical path. */
+ * there, without the branches of a division, since it is the end of the critical path. Of an infinite sum it makes NaN.
+ */
 __device__ __forceinline__ float inverse_of(float l) {
     return __fdividef(1.0f, l);
 }

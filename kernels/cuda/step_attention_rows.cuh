@@ -30,6 +30,7 @@ template <class T, int DIM, int W> struct RowsMemory {
     unsigned share; /* of a row's merge: a Share */
 };
 
+/* Steps of more rows find none of their keys and values in the second-level cache, if the rows are not short. */
 enum { KEPT_ROWS = 16 };
 
 /* The barrier of the first W warps. */
@@ -53,7 +54,7 @@ struct Jobs {
         words; /* NULL: all rows; else only those with a bit in the first words and not in the second */
     const unsigned rows, lane, group, chunks, per_run;
     unsigned run = 1;                                /* splits of a run, about */
-    unsigned total = 0, longest = 0;                 /* splits of all rows, and of the longest one */
+    unsigned total = 0, longest = 0;                 /* splits of the jobs' rows, and of the longest one */
     bool has_all = true, is_plain = false;           /* all rows are among the jobs'; and none is cut */
     unsigned base = 0, before = 0, before_slots = 0; /* rows [base, base + 32), jobs and slots before them */
 
@@ -294,8 +295,7 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
         if (high < length) places.y = place(high);
         return places;
     };
-    /* Keys and values of few short rows are still in the second-level cache at the next step; of many they never are.
-     */
+    /* What the next step may still find in the second-level cache stays there in its turn. */
     const uint64_t policy = jobs.rows > KEPT_ROWS ? evict_first() : evict_normal();
     /* Asks for a token of a split, in units of 16 bytes, or for zeros. */
     const auto request_token = [&](uint32_t row, unsigned token, bool is_valid) {

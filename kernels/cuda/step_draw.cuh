@@ -1,4 +1,4 @@
-/* step_draw.cuh: rows of logits that want more than their largest one. */
+/* step_draw.cuh: the order of logits, and the choice from rows that want more than their largest one. */
 #ifndef LLA_STEP_DRAW_CUH
 #define LLA_STEP_DRAW_CUH
 

@@ -37,7 +37,7 @@ template <class S> constexpr int FILLERS = S::WARPS_M > 4 ? 128 : 32;
 template <class S> constexpr int REGISTERS = S::WARPS_M == 12 ? 160 : 240; /* then, of a thread that multiplies */
 template <class S> constexpr int AT_ENTRY = 65536 / (S::THREADS_ + FILLERS<S>) / 8 * 8;
 
-/* Steps of so many rows read a weight once, or by two tiles at the same time. */
+/* Steps of up to so many rows read a weight once, or by two tiles at the same time. */
 enum { READ_ONCE_ROWS = 256 };
 
 /* STEP: k-tiles that are multiplied between two waits: 2 where all parts of K are whole pairs of them, else 1. */

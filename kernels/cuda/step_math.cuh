@@ -86,7 +86,7 @@ template <class T> __device__ __forceinline__ T normed(T x, T norm, float scale)
     return from_float<T>(to_float<T>(norm) * rounded<T>(to_float<T>(x) * scale));
 }
 
-/* The same of a unit of 16 bytes. Of 16-bit elements two at a time: their product is rounded once either way. */
+/* The same of a unit of 16 bytes. Of 16-bit elements two at a time: their product is rounded once. */
 template <class T> __device__ __forceinline__ uint4 normed_unit(const uint4 &x, const uint4 &norm, float scale) {
     uint4 y;
     if constexpr (sizeof(T) == 2) {
