@@ -113,10 +113,8 @@ __global__ void __launch_bounds__(32 * W, 4) linear_kernel(const Linear a) {
 #pragma unroll 1
     for (int i = 0; i < GROUPS; i++) {
         request();
-        /* elsewhere nothing runs before this kernel's turn; o of a large model may have a ring as deep as down's */
-#if __CUDA_ARCH__ >= 900
-        const bool is_down = a.k > 2 * a.n;
-        if (GROUPS == LONG_GROUPS && is_down) continue;
+#if __CUDA_ARCH__ >= 900 /* elsewhere nothing runs before this kernel's turn */
+        if (GROUPS == LONG_GROUPS && is_down(a)) continue;
         if (E == SWIGLU && !BY_ROW && a.max_rows > 1)
             cp_async_wait<FILLING_BESIDE_ROWS - 1>();
         else

@@ -28,6 +28,11 @@ struct Linear {
     lla_block_times *trace;
 };
 
+/* Whether an ADD is down, not o, whose ring may be as deep where the model is large. */
+__host__ __device__ inline bool is_down(const Linear &a) {
+    return a.k > 2 * a.n;
+}
+
 /* Row r of the step's activations is row source(r) of x. */
 __device__ __forceinline__ size_t source(const Linear &a, size_t r) {
     return a.by_logit ? (size_t)a.index[r] : r;

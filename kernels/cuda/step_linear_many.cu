@@ -327,7 +327,7 @@ template <class T, int NT, Epilogue E>
 lla_status launch_rows(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
     bool done = false;
     if constexpr (E == ADD && NT >= 4) /* down: a deep ring, of which x does not have to stand behind all */
-        if (a.k > 2 * a.n) LLA_TRY((launch_many<T, NT, E, true, NT == 4 ? 8 : 6, 2, 3>(ctx, name, a, &done)));
+        if (is_down(a)) LLA_TRY((launch_many<T, NT, E, true, NT == 4 ? 8 : 6, 2, 3>(ctx, name, a, &done)));
     if constexpr (E == ADD || E == QKV)
         if (!done) LLA_TRY((launch_many<T, NT, E, true, 4, 1>(ctx, name, a, &done)));
     if constexpr (NT >= 4)
