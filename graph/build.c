@@ -11,10 +11,10 @@ _Static_assert(LLA_B_COUNT <= 32, "bit sets of buffers are 32 bits wide");
 
 /* In the order of enum lla_buf. */
 static const char *const buffer_names[LLA_B_COUNT] = {
-    "header",     "tokens",  "positions",   "row_seq",     "block_table", "logit_rows", "sampling", "bias",
-    "mask",       "next",    "odds",        "twin",        "arrived",     "best",       "rope",     "kv_tokens",
-    "k_cache",    "v_cache", "x",           "attn_normed", "qkv",         "q",          "partial",  "attn_out",
-    "mlp_normed", "act",     "head_normed", "logits",      "candidates"};
+    "header",   "tokens",     "positions", "row_seq",     "block_table", "logit_rows", "sampling", "bias",
+    "mask",     "next",       "odds",      "twin",        "arrived",     "best",       "rope",     "kv_tokens",
+    "k_cache",  "v_cache",    "x",         "squares",     "attn_normed", "qkv",        "q",        "partial",
+    "attn_out", "mlp_normed", "act",       "head_normed", "logits",      "candidates"};
 
 struct builder {
     const struct lla_graph *graph;
@@ -66,6 +66,8 @@ static void declare_all(const struct lla_plan *p, const struct lla_dims *d, stru
     }
 
     declare(b, LLA_B_X, LLA_R_ACTIVATION, rows, d->hidden, e, type);
+    declare(b, LLA_B_SQUARES, LLA_R_ACTIVATION, is_cpu ? 1 : rows, is_cpu ? 1 : lla_square_columns(d->hidden), 4,
+            "f32");
     declare(b, LLA_B_ATTN_NORMED, LLA_R_ACTIVATION, rows, d->hidden, e, type);
     declare(b, LLA_B_QKV, LLA_R_ACTIVATION, rows, q + 2 * kv, e, type);
     declare(b, LLA_B_Q, LLA_R_ACTIVATION, rows, q, e, type);
@@ -96,7 +98,7 @@ static void embed(struct builder *b) {
                               .name = "embed",
                               .reads = BIT(HEADER) | BIT(TOKENS) | BIT(POSITIONS) | BIT(ROW_SEQ) | BIT(BLOCK_TABLE) |
                                        BIT(NEXT) | BIT(TWIN),
-                              .writes = BIT(X) | BIT(KV_TOKENS) | BIT(BEST),
+                              .writes = BIT(X) | BIT(SQUARES) | BIT(KV_TOKENS) | BIT(BEST),
                               .embed = {.weight = w(b, LLA_W_EMBED, 0), .x = b->graph->offset[LLA_B_X]}});
 }
 
@@ -105,22 +107,22 @@ static void layer(struct builder *b, size_t l) {
     const size_t k_cache = at[LLA_B_K_CACHE] + l * b->graph->kv_layer_stride;
     const size_t v_cache = at[LLA_B_V_CACHE] + l * b->graph->kv_layer_stride;
 
-    node(b,
-         (struct lla_node){.op = LLA_OP_QKV,
-                           .layer = l,
-                           .name = "qkv",
-                           .reads = BIT(HEADER) | BIT(X) | BIT(POSITIONS) | BIT(ROW_SEQ) | BIT(BLOCK_TABLE) | BIT(ROPE),
-                           .writes = BIT(ATTN_NORMED) | BIT(QKV) | BIT(Q) | BIT(K_CACHE) | BIT(V_CACHE),
-                           .qkv = {.x = at[LLA_B_X],
-                                   .norm = w(b, LLA_W_ATTN_NORM, l),
-                                   .w = w(b, LLA_W_QKV, l),
-                                   .bias = w(b, LLA_W_QKV_BIAS, l),
-                                   .rope = at[LLA_B_ROPE],
-                                   .normed = at[LLA_B_ATTN_NORMED],
-                                   .qkv = at[LLA_B_QKV],
-                                   .q = at[LLA_B_Q],
-                                   .k_cache = k_cache,
-                                   .v_cache = v_cache}});
+    node(b, (struct lla_node){.op = LLA_OP_QKV,
+                              .layer = l,
+                              .name = "qkv",
+                              .reads = BIT(HEADER) | BIT(X) | BIT(SQUARES) | BIT(POSITIONS) | BIT(ROW_SEQ) |
+                                       BIT(BLOCK_TABLE) | BIT(ROPE),
+                              .writes = BIT(ATTN_NORMED) | BIT(QKV) | BIT(Q) | BIT(K_CACHE) | BIT(V_CACHE),
+                              .qkv = {.x = at[LLA_B_X],
+                                      .norm = w(b, LLA_W_ATTN_NORM, l),
+                                      .w = w(b, LLA_W_QKV, l),
+                                      .bias = w(b, LLA_W_QKV_BIAS, l),
+                                      .rope = at[LLA_B_ROPE],
+                                      .normed = at[LLA_B_ATTN_NORMED],
+                                      .qkv = at[LLA_B_QKV],
+                                      .q = at[LLA_B_Q],
+                                      .k_cache = k_cache,
+                                      .v_cache = v_cache}});
     node(b, (struct lla_node){.op = LLA_OP_ATTENTION,
                               .layer = l,
                               .name = "attention",
@@ -136,7 +138,7 @@ static void layer(struct builder *b, size_t l) {
                               .layer = l,
                               .name = "o",
                               .reads = BIT(HEADER) | BIT(ATTN_OUT) | BIT(X),
-                              .writes = BIT(X),
+                              .writes = BIT(X) | BIT(SQUARES),
                               .linear_add = {.in = at[LLA_B_ATTN_OUT],
                                              .w = w(b, LLA_W_O, l),
                                              .x = at[LLA_B_X],
@@ -144,7 +146,7 @@ static void layer(struct builder *b, size_t l) {
     node(b, (struct lla_node){.op = LLA_OP_GATE_UP,
                               .layer = l,
                               .name = "gate_up",
-                              .reads = BIT(HEADER) | BIT(X),
+                              .reads = BIT(HEADER) | BIT(X) | BIT(SQUARES),
                               .writes = BIT(MLP_NORMED) | BIT(ACT),
                               .gate_up = {.x = at[LLA_B_X],
                                           .norm = w(b, LLA_W_MLP_NORM, l),
@@ -157,7 +159,7 @@ static void layer(struct builder *b, size_t l) {
              .layer = l,
              .name = "down",
              .reads = BIT(HEADER) | BIT(ACT) | BIT(X),
-             .writes = BIT(X),
+             .writes = BIT(X) | BIT(SQUARES),
              .linear_add = {.in = at[LLA_B_ACT], .w = w(b, LLA_W_DOWN, l), .x = at[LLA_B_X], .k = b->graph->dims.ffn}});
 }
 
@@ -165,7 +167,7 @@ static void head(struct builder *b) {
     const size_t *at = b->graph->offset;
     node(b, (struct lla_node){.op = LLA_OP_HEAD,
                               .name = "head",
-                              .reads = BIT(HEADER) | BIT(X) | BIT(LOGIT_ROWS) | BIT(BEST),
+                              .reads = BIT(HEADER) | BIT(X) | BIT(SQUARES) | BIT(LOGIT_ROWS) | BIT(BEST),
                               .writes = BIT(HEAD_NORMED) | BIT(LOGITS) | BIT(BEST),
                               .head = {.x = at[LLA_B_X],
                                        .norm = w(b, LLA_W_NORM, 0),
@@ -267,6 +269,7 @@ lla_status lla_graph_make(const struct lla_spec *spec, const struct lla_limits *
                                 .fed = at[LLA_B_NEXT] + graph->twin,
                                 .arrived = at[LLA_B_ARRIVED],
                                 .best = at[LLA_B_BEST],
+                                .squares = at[LLA_B_SQUARES],
                                 .kv_tokens = at[LLA_B_KV_TOKENS]};
     return LLA_OK;
 }

@@ -35,6 +35,7 @@ enum lla_buf {
     LLA_B_K_CACHE,
     LLA_B_V_CACHE,
     LLA_B_X,
+    LLA_B_SQUARES,
     LLA_B_ATTN_NORMED,
     LLA_B_QKV,
     LLA_B_Q,

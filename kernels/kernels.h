@@ -18,6 +18,12 @@
 extern "C" {
 #endif
 
+#ifdef __CUDACC__
+#define LLA_BOTH __host__ __device__
+#else
+#define LLA_BOTH
+#endif
+
 /* Tokens of one attention split: softmax partial sums cover positions [0, 256), [256, 512), ... and are merged in that
  * order. */
 enum { LLA_ATTN_SPLIT = 256 };
@@ -81,6 +87,11 @@ struct lla_odds {
     struct lla_candidate top[LLA_MAX_LOGPROB];
 };
 
+/* Columns of `squares`: one for 16 of x, in whole groups of four, those behind the last zero. */
+LLA_BOTH static inline size_t lla_square_columns(size_t hidden) {
+    return (hidden + 63) / 64 * 4;
+}
+
 /* Offsets of the step region's parts. */
 struct lla_io {
     size_t header;      /* struct lla_step_header */
@@ -98,6 +109,8 @@ struct lla_io {
     size_t arrived;     /* i32 [max_rows, nkvhead]: counters of the GPU's attention, zero between steps */
     size_t best;        /* u64 [max_seqs]: a GPU's head may leave there what is the largest of a row's logits, in an
                            order of integers, and below it ~token; else 0, which embed writes */
+    size_t squares;     /* f32 [max_rows, lla_square_columns(hidden)]: of x as it stands, sums of squares, on a GPU: who
+                           writes x leaves them for the norms */
     size_t kv_tokens;   /* i32 [nblock, kv_block]: the tokens of which the KV blocks hold keys and values */
 };
 
@@ -186,12 +199,6 @@ LLA_NODE_OPS(X)
 #undef X
 
 /* ---- choosing a token ---- */
-
-#ifdef __CUDACC__
-#define LLA_BOTH __host__ __device__
-#else
-#define LLA_BOTH
-#endif
 
 /* Whether a row takes the largest value. */
 LLA_BOTH static inline bool lla_is_greedy(const struct lla_sampling_row *s) {

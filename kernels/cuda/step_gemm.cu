@@ -183,6 +183,7 @@ lla_status norm_rows(const lla_cuda_ctx *ctx, size_t x, size_t norm, size_t norm
                     nullptr,
                     m + x,
                     m + norm,
+                    (const float *)(m + ctx->io.squares),
                     m + normed,
                     (unsigned)ctx->dims.hidden,
                     ctx->dims.eps};
@@ -246,6 +247,7 @@ lla_status lla_many_qkv(const lla_cuda_ctx *ctx, const lla_qkv_args *args) {
 
 lla_status lla_many_linear_add(const lla_cuda_ctx *ctx, const lla_linear_add_args *args) {
     Product a = product(ctx, args->in, args->w, args->x, ctx->dims.hidden, args->k);
+    a.squares = (float *)(ctx->arena + ctx->io.squares);
     return by_dtype<ADD>(ctx, "linear_add", a);
 }
 

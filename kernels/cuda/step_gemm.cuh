@@ -21,6 +21,7 @@ struct Product {
     const void *x;     /* [rows, k]: normed, or as it is */
     const void *w;     /* packed [n, k] */
     void *out;         /* ADD: [rows, n], added to; STORE: [rows, n]; SWIGLU: [rows, half] */
+    float *squares;    /* ADD: lla_io.squares of out */
     unsigned n, k, half;
     /* QKV */
     const void *bias, *rope;
@@ -235,7 +236,7 @@ __device__ __forceinline__ void finish(const Product &a, const float (&sum)[S::M
                 }
             } else if (E == ADD) {
                 const bool is_whole = tile * 16 + 8 < a.n; /* the last tile may have eight rows */
-                uint32_t *out = (uint32_t *)((T *)a.out + tile * 16 + t2), old[BATCH][2];
+                uint32_t *out = (uint32_t *)((T *)a.out + tile * 16 + t2), old[BATCH][2] = {};
 #pragma unroll
                 for (int j = 0; j < BATCH; j++) {
                     if (row[j] >= rows) continue;
@@ -247,10 +248,15 @@ __device__ __forceinline__ void finish(const Product &a, const float (&sum)[S::M
                     const float (&c)[4] = sum[i][j0 + j];
                     const float2 low = unpack_pair<T>(transpose_8x8(pack_pair<T>(c[0], c[1]))),
                                  high = unpack_pair<T>(transpose_8x8(pack_pair<T>(c[2], c[3])));
-                    if (row[j] >= rows) continue;
                     const float2 x = unpack_pair<T>(old[j][0]), y = unpack_pair<T>(old[j][1]);
-                    out[(size_t)row[j] * (a.n / 2)] = pack_pair<T>(x.x + low.x, x.y + low.y);
-                    if (is_whole) out[(size_t)row[j] * (a.n / 2) + 4] = pack_pair<T>(y.x + high.x, y.y + high.y);
+                    const uint32_t new_x = pack_pair<T>(x.x + low.x, x.y + low.y),
+                                   new_y = is_whole ? pack_pair<T>(y.x + high.x, y.y + high.y) : 0;
+                    const float2 v = unpack_pair<T>(new_x), u = unpack_pair<T>(new_y);
+                    const float sum = sum_of_four(__fadd_rn(squares(v.x, u.x), squares(v.y, u.y)));
+                    if (row[j] >= rows) continue;
+                    out[(size_t)row[j] * (a.n / 2)] = new_x;
+                    if (is_whole) out[(size_t)row[j] * (a.n / 2) + 4] = new_y;
+                    if (lane % 4 == 0) a.squares[(size_t)row[j] * lla_square_columns(a.n) + tile] = sum;
                 }
             } else {
                 const unsigned head = tile * 8 / a.half, at = tile * 8 % a.half; /* of the tile's eight pairs */

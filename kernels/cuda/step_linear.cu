@@ -28,18 +28,14 @@ enum { STREAM_GROUPS = 5, TILE_GROUPS = 3, LONG_GROUPS = 9 };
  * that takes several turns, and even fewer are better. Down asks for all of its groups at once: only its own x stands
  * behind them. */
 enum { FILLING = 2, FILLING_BESIDE_ROWS = 1 };
-/* Rows from which on a warp norms whole rows, and keeps them in registers, instead of its part of every row. */
-enum { BY_ROW_FROM = 5 };
-
 /* A warp's columns [16 k_first, 16 (k_first + length)) of the rows of x on their way to shared memory, in units of 16
- * bytes, UNITS of them a lane at once; with the norm's weights, which can be asked for before x is there. */
-template <class T, bool NORM> struct Part {
-    static constexpr int UNITS = NORM ? 1 : 5; /* a row's part of 8,960 columns at once */
+ * bytes, UNITS of them a lane at once. */
+template <class T, bool NORM, int UNITS> struct Part {
     const Linear &a;
     const unsigned first, rows, k_first, per_row;
     unsigned row = 0, at = threadIdx.x % 32; /* of the lane's next unit */
     unsigned in_row[UNITS], unit[UNITS];     /* of those under way; from `rows` on there is none */
-    uint4 x[UNITS], norm[UNITS];
+    uint4 x[UNITS];
 
     __device__ __forceinline__ Part(const Linear &a, unsigned first, unsigned rows, unsigned k_first, unsigned length)
         : a(a), first(first), rows(rows), k_first(k_first), per_row(2 * length) {}
@@ -52,7 +48,6 @@ template <class T, bool NORM> struct Part {
             in_row[j] = row;
             unit[j] = 2 * k_first + at;
             at += 32;
-            if (NORM && row < rows) norm[j] = ((const uint4 *)a.norm)[unit[j]];
         }
     }
     __device__ __forceinline__ void load() {
@@ -66,16 +61,17 @@ template <class T, bool NORM> struct Part {
         for (int j = 0; j < UNITS; j++)
             if (in_row[j] < rows)
                 reinterpret_cast<uint4 *>(staged + in_row[j] * pitch)[unit[j]] =
-                    NORM ? normed_unit<T>(x[j], norm[j], rows == 1 ? scale : scales[in_row[j]]) : x[j];
+                    NORM ? normed_unit<T>(x[j], ((const uint4 *)a.norm)[unit[j]], rows == 1 ? scale : scales[in_row[j]])
+                         : x[j];
     }
 };
 
 /* Up to eight rows a block (blockIdx.y chooses which); row tiles blockIdx.x, + gridDim.x, ... W warps, a ring of GROUPS
  * times DEPTH slots of 16 bytes a thread. */
-template <class T, Epilogue E, int GROUPS, bool BY_ROW>
+template <class T, Epilogue E, int GROUPS, int UNITS>
 __global__ void __launch_bounds__(32 * W, 4) linear_kernel(const Linear a) {
     constexpr unsigned SLOT = 32 * W * 16, RING = GROUPS * DEPTH * SLOT; /* bytes */
-    constexpr bool NORM = E != ADD;
+    constexpr bool NORM = E != ADD, BY_ROW = UNITS == 6;
     LLA_DYNAMIC_SHARED(smem, 16);
     __shared__ float scales[COLS];
     float *sums = reinterpret_cast<float *>(smem + RING); /* [tiles > 1 ? 2 : 1][W][16][COLS] */
@@ -115,7 +111,7 @@ __global__ void __launch_bounds__(32 * W, 4) linear_kernel(const Linear a) {
         request();
 #if __CUDA_ARCH__ >= 900 /* elsewhere nothing runs before this kernel's turn */
         if (GROUPS == LONG_GROUPS && is_down(a)) continue;
-        if (E == SWIGLU && !BY_ROW && a.max_rows > 1)
+        if (E == SWIGLU && UNITS == 3)
             cp_async_wait<FILLING_BESIDE_ROWS - 1>();
         else
             cp_async_wait<FILLING - 1>();
@@ -134,11 +130,10 @@ __global__ void __launch_bounds__(32 * W, 4) linear_kernel(const Linear a) {
         slot = slot_of(a, first + my_col);
         operands = prepare<T, E, false>(a, first + my_col, tile, my_g, slot);
     }
-    Part<T, NORM> part(a, first, rows, k_first, length);
-    if (!BY_ROW)
-        part.choose();
-    else if (threadIdx.x * 128 < a.k * sizeof(T))
-        prefetch_l1((const char *)a.norm + threadIdx.x * 128);
+    Part<T, NORM, BY_ROW ? 1 : UNITS> part(a, first, rows, k_first, length);
+    if (!BY_ROW) part.choose();
+    if (NORM && lane * 128 < length * (LLA_TILE * sizeof(T)))
+        prefetch_l1((const T *)a.norm + k_first * LLA_TILE + lane * (128 / sizeof(T)));
     pdl_wait();
     note(a.trace, LLA_BLOCK_FREE);
     if (!rows) {
@@ -150,18 +145,20 @@ __global__ void __launch_bounds__(32 * W, 4) linear_kernel(const Linear a) {
     if (!BY_ROW) part.load();
     if (is_launch_late) pdl_launch_next();
     if (E == ADD && is_mine) operands = prepare<T, E, false>(a, first + my_col, tile, my_g, slot);
-    if constexpr (BY_ROW) {
+    float scale = 0;
+    if (BY_ROW) {
 #pragma unroll 1
         for (unsigned r = warp; r < rows; r += W)
-            norm_row<T>((const T *)a.x + source(a, first + r) * a.k, (const T *)a.norm, (unsigned)a.k, a.eps,
+            norm_row<T>((const T *)a.x + source(a, first + r) * a.k, (const T *)a.norm,
+                        a.squares + source(a, first + r) * lla_square_columns(a.k), (unsigned)a.k, a.eps,
                         staged + r * pitch, lane);
         __syncthreads();
     } else {
-        float scale = 0;
-        if (NORM) { /* of one row by every warp for itself, so that none waits for another; of more by a warp a row */
+        if (NORM) { /* of one row every warp finds the scale for itself, so that none waits; of more a warp a row's */
 #pragma unroll 1
             for (unsigned r = rows == 1 ? 0 : warp; r < rows; r += W) {
-                scale = norm_scale<T, true>((const T *)a.x + source(a, first + r) * a.k, (unsigned)a.k, a.eps, lane);
+                scale = norm_scale<T>(a.squares + source(a, first + r) * lla_square_columns(a.k), (unsigned)a.k, a.eps,
+                                      lane);
                 if (lane == 0 && rows > 1) scales[r] = scale;
             }
             if (rows > 1) __syncthreads();
@@ -212,6 +209,7 @@ __global__ void __launch_bounds__(32 * W, 4) linear_kernel(const Linear a) {
         *reinterpret_cast<float2 *>(to + 8 * COLS) = make_float2(acc[2], acc[3]);
         __syncthreads();
         const unsigned next = tile + gridDim.x;
+        float two_squares = 0;
         if (is_mine) {
             const float *from = sums + turn + my_g * COLS + my_col;
             float low = from[0], high = from[8 * COLS];
@@ -220,7 +218,7 @@ __global__ void __launch_bounds__(32 * W, 4) linear_kernel(const Linear a) {
                 low += from[w * 16 * COLS];
                 high += from[(w * 16 + 8) * COLS];
             }
-            finish<T, E>(a, first + my_col, tile, my_g, low, high, operands);
+            two_squares = finish<T, E>(a, first + my_col, tile, my_g, low, high, operands);
             if (E == STORE) {
                 const unsigned n = tile * LLA_TILE + my_g;
                 if (n < a.n) best = max(best, key_of(rounded<T>(low), n));
@@ -228,6 +226,7 @@ __global__ void __launch_bounds__(32 * W, 4) linear_kernel(const Linear a) {
             }
             if (next < ntiles) operands = prepare<T, E, false>(a, first + my_col, next, my_g, slot);
         }
+        if (E == ADD) finish_squares<1>(a, is_mine, first + my_col, tile, my_g, two_squares);
         turn ^= W * 16 * COLS; /* the next tile's sums lie elsewhere: nobody waits for those who read these */
         tile = next;
     }
@@ -239,7 +238,7 @@ __global__ void __launch_bounds__(32 * W, 4) linear_kernel(const Linear a) {
     note(a.trace, LLA_BLOCK_ENDED);
 }
 
-template <class T, Epilogue E, int GROUPS>
+template <class T, Epilogue E, int GROUPS, int UNITS>
 lla_status launch_groups(const lla_cuda_ctx *ctx, const char *name, const Linear &a, bool *done) {
     const size_t ntiles = tiles_of(a.n), rows = a.max_rows < COLS ? a.max_rows : COLS,
                  sums = W * 16 * COLS * sizeof(float);
@@ -250,22 +249,34 @@ lla_status launch_groups(const lla_cuda_ctx *ctx, const char *name, const Linear
     const size_t smem = least + (ntiles > grid ? sums : 0);
     *done = smem + COLS * sizeof(float) <= ctx->max_smem; /* with the norms' scales */
     if (!*done) return LLA_OK;
-    auto *kernel = linear_kernel<T, E, GROUPS, false>;
-    if constexpr (E != ADD)
-        if (rows >= BY_ROW_FROM) kernel = linear_kernel<T, E, GROUPS, true>;
-    return launch(ctx, name, kernel, dim3(grid, (unsigned)((a.max_rows + COLS - 1) / COLS)), 32 * W, smem, a);
+    return launch(ctx, name, linear_kernel<T, E, GROUPS, UNITS>, dim3(grid, (unsigned)((a.max_rows + COLS - 1) / COLS)),
+                  32 * W, smem, a);
 }
 
 /* The deepest ring that fits. Results do not depend on it. */
-template <class T, Epilogue E> lla_status launch_few(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
+template <class T, Epilogue E, int UNITS>
+lla_status launch_units(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
     bool done = false;
-    if constexpr (E == SWIGLU || E == STORE) LLA_TRY((launch_groups<T, E, STREAM_GROUPS>(ctx, name, a, &done)));
+    if constexpr (E == SWIGLU || E == STORE) LLA_TRY((launch_groups<T, E, STREAM_GROUPS, UNITS>(ctx, name, a, &done)));
     if constexpr (E == ADD)
         if (tiles_of(a.k) > (size_t)W * TILE_GROUPS * DEPTH)
-            LLA_TRY((launch_groups<T, E, LONG_GROUPS>(ctx, name, a, &done)));
-    if (!done) LLA_TRY((launch_groups<T, E, TILE_GROUPS>(ctx, name, a, &done)));
-    if (!done) LLA_TRY((launch_groups<T, E, 2>(ctx, name, a, &done)));
+            LLA_TRY((launch_groups<T, E, LONG_GROUPS, UNITS>(ctx, name, a, &done)));
+    if (!done) LLA_TRY((launch_groups<T, E, TILE_GROUPS, UNITS>(ctx, name, a, &done)));
+    if (!done) LLA_TRY((launch_groups<T, E, 2, UNITS>(ctx, name, a, &done)));
     return done ? LLA_OK : linear_any<T, E>(ctx, name, a);
+}
+
+/* Units of x that a lane has under way: all of a warp's part where K is 1,536, or, down's, a row's where it is 8,960.
+ */
+template <class T, Epilogue E> lla_status launch_few(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
+    if constexpr (E == ADD) {
+        return launch_units<T, E, 5>(ctx, name, a);
+    } else {
+        if (a.max_rows == 1) return launch_units<T, E, 1>(ctx, name, a);
+        if constexpr (E != QKV) /* whose slots and angles leave no registers */
+            if (a.max_rows > 4) return launch_units<T, E, 6>(ctx, name, a);
+        return launch_units<T, E, 3>(ctx, name, a);
+    }
 }
 
 template <class T, Epilogue E> lla_status dispatch(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
@@ -289,6 +300,7 @@ lla_status lla_cuda_qkv(const lla_cuda_ctx *ctx, const lla_qkv_args *args) {
     a.x = m + args->x;
     a.norm = m + args->norm;
     a.normed = m + args->normed;
+    a.squares = (float *)(m + ctx->io.squares);
     a.w = m + args->w;
     a.n = (d.nhead + 2 * d.nkvhead) * d.head_dim;
     a.k = d.hidden;
@@ -319,6 +331,7 @@ lla_status lla_cuda_linear_add(const lla_cuda_ctx *ctx, const lla_linear_add_arg
     a.x = ctx->arena + args->in;
     a.w = ctx->arena + args->w;
     a.out = ctx->arena + args->x;
+    a.squares = (float *)(ctx->arena + ctx->io.squares);
     a.n = ctx->dims.hidden;
     a.k = args->k;
     LLA_CUDA_BY_DTYPE(ctx->dims.dtype, return (dispatch<T, ADD>(ctx, "linear_add", a)));
@@ -333,6 +346,7 @@ lla_status lla_cuda_gate_up(const lla_cuda_ctx *ctx, const lla_gate_up_args *arg
     a.x = ctx->arena + args->x;
     a.norm = ctx->arena + args->norm;
     a.normed = ctx->arena + args->normed;
+    a.squares = (float *)(ctx->arena + ctx->io.squares);
     a.w = ctx->arena + args->w;
     a.out = ctx->arena + args->act;
     a.n = 2 * ctx->dims.ffn;
@@ -352,6 +366,7 @@ lla_status lla_cuda_head(const lla_cuda_ctx *ctx, const lla_head_args *args) {
     a.x = ctx->arena + args->x;
     a.norm = ctx->arena + args->norm;
     a.normed = ctx->arena + args->normed;
+    a.squares = (float *)(ctx->arena + ctx->io.squares);
     a.w = ctx->arena + args->w;
     a.out = ctx->arena + args->logits;
     a.best = (unsigned long long *)(ctx->arena + ctx->io.best);

@@ -15,6 +15,7 @@ struct Linear {
     const void *x;            /* [rows, k] */
     const void *norm;         /* [k], or NULL */
     void *normed;             /* [rows, k]: the norm's result, where it has a kernel of its own */
+    float *squares;           /* lla_io.squares of x, or, ADD, of out */
     const void *w;            /* packed */
     unsigned long long *best; /* STORE: where the kernel for few rows leaves a row's largest logit; see lla_io */
     void *out;                /* STORE: [rows, n]; ADD: [rows, n], added to; SWIGLU: [rows, n / 2] */
@@ -90,12 +91,13 @@ __device__ __forceinline__ Operands prepare(const Linear &a, size_t row, size_t 
     return p;
 }
 
-/* What becomes of the two sums of a tile's rows g and g + 8 for one row of the step. */
+/* What becomes of the two sums of a tile's rows g and g + 8 for one row of the step. ADD: gives the sum of the two
+ * results' squares, for finish_squares(). */
 template <class T, Epilogue E>
-__device__ __forceinline__ void finish(const Linear &a, size_t row, size_t tile, size_t g, float low, float high,
-                                       const Operands &p) {
+__device__ __forceinline__ float finish(const Linear &a, size_t row, size_t tile, size_t g, float low, float high,
+                                        const Operands &p) {
     if (E == QKV) {
-        if (!p.to) return;
+        if (!p.to) return 0;
         low = rounded<T>(low + p.low);
         high = rounded<T>(high + p.high);
         if (p.rotates) rotate<T>(low, high, p.c, p.s);
@@ -103,14 +105,29 @@ __device__ __forceinline__ void finish(const Linear &a, size_t row, size_t tile,
         ((T *)p.to)[a.half] = from_float<T>(high);
     } else if (E == SWIGLU) {
         const size_t j = tile * 8 + g;
-        if (j >= a.half) return;
-        ((T *)a.out)[row * a.half + j] = swiglu<T>(low, high);
+        if (j < a.half) ((T *)a.out)[row * a.half + j] = swiglu<T>(low, high);
     } else {
         const size_t n = tile * LLA_TILE + g;
         T *out = (T *)a.out + row * a.n + n;
-        if (n < a.n) out[0] = E == ADD ? from_float<T>(p.low + rounded<T>(low)) : from_float<T>(low);
-        if (n + 8 < a.n) out[8] = E == ADD ? from_float<T>(p.high + rounded<T>(high)) : from_float<T>(high);
+        if (E == ADD) {
+            low = n < a.n ? p.low + rounded<T>(low) : 0;
+            high = n + 8 < a.n ? p.high + rounded<T>(high) : 0;
+        }
+        const T results[2] = {from_float<T>(low), from_float<T>(high)};
+        if (n < a.n) out[0] = results[0];
+        if (n + 8 < a.n) out[8] = results[1];
+        if (E == ADD) return squares(to_float<T>(results[0]), to_float<T>(results[1]));
     }
+    return 0;
+}
+
+/* ADD: notes the sum of squares of a row's tile, of which eight lanes, APART apart, have two each (g is the lane's
+ * number among them). All lanes of a warp call it, those too that have none. */
+template <int APART>
+__device__ __forceinline__ void finish_squares(const Linear &a, bool is_mine, size_t row, size_t tile, size_t g,
+                                               float sum) {
+    sum = sum_of_eight<APART>(sum);
+    if (is_mine && g == 0) a.squares[row * lla_square_columns(a.n) + tile] = sum;
 }
 
 /* The product for many rows; see step_linear_many.cu. */

@@ -84,7 +84,7 @@ __device__ __forceinline__ void stage_norm(const Linear &a, unsigned first, unsi
     for (unsigned r = shared_row ? 0 : warp; r < rows; r += W) {
         const T *x = (const T *)a.x + source(a, first + r) * k, *norm = (const T *)a.norm;
         T *to = staged + r * pitch;
-        const float scale = norm_scale<T>(x, k, a.eps, lane);
+        const float scale = norm_scale<T>(a.squares + source(a, first + r) * lla_square_columns(k), k, a.eps, lane);
         if (k % UNIT == 0) {
 #pragma unroll 1
             for (unsigned i = place; i < k / UNIT; i += places) /* x comes from the first-level cache now */
@@ -202,14 +202,17 @@ template <class T, Epilogue E, bool STAGED> __global__ void __launch_bounds__(32
             acc[c] = 0;
         }
         __syncthreads();
-        if ((size_t)my_col < rows) {
+        const bool is_mine = (size_t)my_col < rows;
+        float two_squares = 0;
+        if (is_mine) {
             float low = sums[my_g * COLS + my_col], high = sums[(my_g + 8) * COLS + my_col];
             for (int part = 1; part < W; part++) {
                 low += sums[(part * 16 + my_g) * COLS + my_col];
                 high += sums[(part * 16 + my_g + 8) * COLS + my_col];
             }
-            finish<T, E>(a, first + my_col, tile, my_g, low, high, operands);
+            two_squares = finish<T, E>(a, first + my_col, tile, my_g, low, high, operands);
         }
+        if (E == ADD) finish_squares<1>(a, is_mine, first + my_col, tile, my_g, two_squares);
         __syncthreads();
         tile += gridDim.x;
         batch = 0;

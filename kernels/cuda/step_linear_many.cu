@@ -220,10 +220,13 @@ __global__ void __launch_bounds__(32 * BOUND_WARPS<NT, SPLIT>, 1) many_kernel(co
 #pragma unroll
                 for (unsigned e = 0; e < 2; e++) {
                     const unsigned row = 8 * n + lane % 4 * 2 + e;
-                    if (row >= rows) continue;
-                    finish<T, E>(
-                        a, col0 + row, tile, g, total[n][e], total[n][2 + e],
-                        prepare<T, E, false>(a, col0 + row, tile, g, E == QKV ? slot_of(a, col0 + row) : Slot{}));
+                    const bool has_row = row < rows;
+                    float two_squares = 0;
+                    if (has_row)
+                        two_squares = finish<T, E>(
+                            a, col0 + row, tile, g, total[n][e], total[n][2 + e],
+                            prepare<T, E, false>(a, col0 + row, tile, g, E == QKV ? slot_of(a, col0 + row) : Slot{}));
+                    if (E == ADD) finish_squares<4>(a, has_row, col0 + row, tile, g, two_squares);
                 }
         } else {
             if (s.overlaid) { /* nobody fills or reads the ring any more */
@@ -267,9 +270,13 @@ __global__ void __launch_bounds__(32 * BOUND_WARPS<NT, SPLIT>, 1) many_kernel(co
             else
                 cluster_arrive_relaxed();
 #pragma unroll
-            for (unsigned e = 0; e < 2; e++)
-                if (mine && col + e < rows)
-                    finish<T, E>(a, col0 + col + e, tile0 + my_slot, g, sum[e], sum[2 + e], operands[e]);
+            for (unsigned e = 0; e < 2; e++) {
+                const bool has_row = mine && col + e < rows;
+                float two_squares = 0;
+                if (has_row)
+                    two_squares = finish<T, E>(a, col0 + col + e, tile0 + my_slot, g, sum[e], sum[2 + e], operands[e]);
+                if (E == ADD) finish_squares<4>(a, has_row, col0 + col + e, tile0 + my_slot, g, two_squares);
+            }
             tile0 += round_tiles;
             if (E == QKV && i + 1 < stages) fetch();
         }
@@ -342,7 +349,8 @@ lla_status launch_rows(const lla_cuda_ctx *ctx, const char *name, const Linear &
 
 template <class T, Epilogue E> lla_status linear_many(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
     if (a.norm) {
-        const Norm norm = {a.header, a.by_logit ? a.index : nullptr, a.x, a.norm, a.normed, (unsigned)a.k, a.eps};
+        const Norm norm = {a.header, a.by_logit ? a.index : nullptr, a.x, a.norm, a.squares, a.normed, (unsigned)a.k,
+                           a.eps};
         LLA_TRY(launch_norm<T>(ctx, a.max_rows, norm));
     }
     if (E == STORE && lla_many_head_takes(ctx)) return lla_many_head(ctx, a.normed, a.w, a.out);

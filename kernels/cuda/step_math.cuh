@@ -36,47 +36,46 @@ template <class T> __device__ __forceinline__ float norm_scale_of(float sum, uns
     return 1.0f / sqrtf(sum / (float)k + eps);
 }
 
-/* The sum of x^2 over the elements of 16 bytes, in order. */
-template <class T> __device__ __forceinline__ float squares(const uint4 &v) {
-    float sum = 0;
-#pragma unroll
-    for (int e = 0; e < (int)(16 / sizeof(T)); e++) {
-        const float x = to_float<T>(reinterpret_cast<const T *>(&v)[e]);
-        sum = fmaf(x, x, sum);
-    }
-    return sum;
-}
-
 /* The sum over a warp's lanes, for each of them, in a butterfly. */
 __device__ __forceinline__ float warp_sum(float sum) {
     for (int o = 16; o; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
     return sum;
 }
 
-/* 1 / sqrt(mean(x^2) + eps) of a row x [k]; all lanes of a warp call it and get it. Lane l adds the sums of units l,
- * l + 32, ... of 16 bytes (of elements, where k is not whole units), then the lanes' sums meet. Units are summed for
- * themselves, so that no sum is a long chain, and a row may be shared by warps. IS_WIDE: k is whole units. */
-template <class T, bool IS_WIDE = false>
-__device__ __forceinline__ float norm_scale(const T *x, unsigned k, float eps, unsigned lane) {
-    constexpr unsigned UNIT = 16 / sizeof(T), IN_FLIGHT = 6; /* elements of a 16-byte load, and loads at once */
+/* ---- sums of squares ----
+ *
+ * Who writes x leaves the sum of squares of every 16 columns of a row (lla_io.squares), and a norm adds those: it need
+ * not read the row for it, and the two are under way together. Of 16 columns c and c + 8 are added first, then
+ * neighbours, their neighbours, and the halves; of a row a lane adds four by four, then the lanes' sums meet. So a
+ * row's sum has one order, whoever writes and reads it. */
+
+/* The squares of columns c and c + 8. */
+__device__ __forceinline__ float squares(float low, float high) {
+    return fmaf(high, high, __fmul_rn(low, low));
+}
+
+/* The sum over eight lanes that stand APART apart, for each of them; all lanes of a warp call it. */
+template <int APART> __device__ __forceinline__ float sum_of_eight(float sum) {
+#pragma unroll
+    for (int o = 1; o < 8; o *= 2) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, o * APART));
+    return sum;
+}
+
+/* The same where four neighbours have the sum of two of the eight. */
+__device__ __forceinline__ float sum_of_four(float sum) {
+#pragma unroll
+    for (int o = 1; o < 4; o *= 2) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, o));
+    return sum;
+}
+
+/* 1 / sqrt(mean(x^2) + eps) of a row of k columns with these squares; all lanes of a warp call it and get it. */
+template <class T>
+__device__ __forceinline__ float norm_scale(const float *squares, unsigned k, float eps, unsigned lane) {
     float sum = 0;
-    if (IS_WIDE || k % UNIT == 0) {
-        const uint4 *units = reinterpret_cast<const uint4 *>(x);
 #pragma unroll 1
-        for (unsigned i = lane; i < k / UNIT; i += 32 * IN_FLIGHT) {
-            uint4 v[IN_FLIGHT];
-#pragma unroll
-            for (unsigned j = 0; j < IN_FLIGHT; j++)
-                if (i + 32 * j < k / UNIT) v[j] = units[i + 32 * j];
-#pragma unroll
-            for (unsigned j = 0; j < IN_FLIGHT; j++)
-                if (i + 32 * j < k / UNIT) sum += squares<T>(v[j]);
-        }
-    } else {
-        for (unsigned i = lane; i < k; i += 32) {
-            const float v = to_float<T>(x[i]);
-            sum = fmaf(v, v, sum);
-        }
+    for (unsigned i = lane; i < lla_square_columns(k) / 4; i += 32) {
+        const float4 v = reinterpret_cast<const float4 *>(squares)[i];
+        sum = __fadd_rn(sum, __fadd_rn(__fadd_rn(v.x, v.y), __fadd_rn(v.z, v.w)));
     }
     return norm_scale_of<T>(warp_sum(sum), k, eps);
 }
@@ -105,10 +104,10 @@ template <class T> __device__ __forceinline__ uint4 normed_unit(const uint4 &x, 
     return y;
 }
 
-/* to [k] = norm of the row x [k], by one warp, with norm_scale()'s sum; k is whole units of 16 bytes. The last
- * IN_FLIGHT of a lane stay in registers: 1,536 columns are read once. */
+/* to [k] = norm of the row x [k], by one warp; k is whole units of 16 bytes. */
 template <class T>
-__device__ __forceinline__ void norm_row(const T *x, const T *norm, unsigned k, float eps, T *to, unsigned lane) {
+__device__ __forceinline__ void norm_row(const T *x, const T *norm, const float *squares, unsigned k, float eps, T *to,
+                                         unsigned lane) {
     constexpr unsigned IN_FLIGHT = 6, SPAN = 32 * IN_FLIGHT; /* units */
     const unsigned units = k / (16 / sizeof(T));
     uint4 v[IN_FLIGHT];
@@ -119,19 +118,10 @@ __device__ __forceinline__ void norm_row(const T *x, const T *norm, unsigned k, 
             v[j] = i < units ? reinterpret_cast<const uint4 *>(x)[i] : make_uint4(0, 0, 0, 0);
         }
     };
-    float sum = 0;
-    unsigned base = 0;
+    load(0);
+    const float scale = norm_scale<T>(squares, k, eps, lane);
 #pragma unroll 1
-    while (true) {
-        load(base);
-#pragma unroll
-        for (unsigned j = 0; j < IN_FLIGHT; j++) sum += squares<T>(v[j]); /* zeros change nothing */
-        if (base + SPAN >= units) break;
-        base += SPAN;
-    }
-    const float scale = norm_scale_of<T>(warp_sum(sum), k, eps);
-#pragma unroll 1
-    while (true) {
+    for (unsigned base = 0;;) {
 #pragma unroll
         for (unsigned j = 0; j < IN_FLIGHT; j++) {
             const unsigned i = base + 32 * j + lane;
@@ -139,8 +129,8 @@ __device__ __forceinline__ void norm_row(const T *x, const T *norm, unsigned k, 
                 reinterpret_cast<uint4 *>(to)[i] =
                     normed_unit<T>(v[j], reinterpret_cast<const uint4 *>(norm)[i], scale);
         }
-        if (!base) break;
-        load(base -= SPAN);
+        if ((base += SPAN) >= units) break;
+        load(base);
     }
 }
 

@@ -1,5 +1,6 @@
 /* step_rows.cu: embedding, greedy choice, and the packing of weights. */
 #include "step_draw.cuh"
+#include "step_math.cuh"
 
 namespace {
 
@@ -11,14 +12,22 @@ struct embed_inputs {
 
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-    embed_kernel(embed_inputs in, const T *weight, size_t hidden, T *x, int32_t *kv_tokens, unsigned long long *best) {
+    embed_kernel(embed_inputs in, const T *weight, size_t hidden, T *x, float *squares_of_x, int32_t *kv_tokens,
+                 unsigned long long *best) {
     pdl_launch_next();
     pdl_wait();
     const size_t row = blockIdx.x, ktiles = tiles_of(hidden);
     if (row >= (size_t)in.header->nrow) return;
     const int32_t given = in.tokens[row], token = given < 0 ? in.fed[~given] : given;
-    for (size_t i = threadIdx.x; i < hidden; i += THREADS)
-        x[row * hidden + i] = weight[packed_index((size_t)token, i, ktiles, 0)];
+    const size_t columns = lla_square_columns(hidden);
+    for (size_t i = threadIdx.x; i < (columns * 8 + 31) / 32 * 32; i += THREADS) { /* eight threads 16 columns */
+        const size_t low = i / 8 * LLA_TILE + i % 8, high = low + 8;
+        T of_low = from_float<T>(0.0f), of_high = of_low;
+        if (low < hidden) x[row * hidden + low] = of_low = weight[packed_index((size_t)token, low, ktiles, 0)];
+        if (high < hidden) x[row * hidden + high] = of_high = weight[packed_index((size_t)token, high, ktiles, 0)];
+        const float sum = sum_of_eight<1>(squares(to_float<T>(of_low), to_float<T>(of_high)));
+        if (i % 8 == 0 && i / 8 < columns) squares_of_x[row * columns + i / 8] = sum;
+    }
     if (threadIdx.x == 0) {
         if (row < (size_t)in.header->nlogit) best[row] = 0;
         const size_t position = (size_t)in.positions[row];
@@ -128,7 +137,8 @@ lla_status lla_cuda_embed(const lla_cuda_ctx *ctx, const lla_embed_args *args) {
     LLA_CUDA_BY_DTYPE(ctx->dims.dtype,
                       return launch(ctx, "embed", embed_kernel<T>, dim3((unsigned)ctx->rows), THREADS, 0, in,
                                     (const T *)(arena + args->weight), ctx->dims.hidden, (T *)(arena + args->x),
-                                    (int32_t *)(arena + io->kv_tokens), (unsigned long long *)(arena + io->best)));
+                                    (float *)(arena + io->squares), (int32_t *)(arena + io->kv_tokens),
+                                    (unsigned long long *)(arena + io->best)));
 }
 
 /* Plain rows, then the others: each kernel leaves at once where a row is not its own. */

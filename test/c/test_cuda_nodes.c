@@ -138,6 +138,48 @@ static void check_best(struct pair *p, const struct lla_program *program, size_t
     lla_exec_cuda_write(p->gpu.cuda, g->io.best, nlogit * sizeof *best, best);
 }
 
+/* The squares that stand beside the rows of x, in the order that step_math.cuh gives; `columns` a row. */
+static void square_rows(const char *x, size_t rows, const struct lla_dims *d, float *squares) {
+    const size_t columns = lla_square_columns(d->hidden);
+    for (size_t r = 0; r < rows; r++)
+        for (size_t t = 0; t < columns; t++) {
+            float sum[8];
+            for (size_t c = 0; c < 8; c++) {
+                const size_t low = t * 16 + c, high = low + 8;
+                const float a = low < d->hidden ? lla_load_float(x, r * d->hidden + low, d->dtype) : 0,
+                            b = high < d->hidden ? lla_load_float(x, r * d->hidden + high, d->dtype) : 0,
+                            square = a * a;
+                sum[c] = fmaf(b, b, square);
+            }
+            for (size_t n = 4; n; n /= 2)
+                for (size_t c = 0; c < n; c++) sum[c] = sum[2 * c] + sum[2 * c + 1];
+            squares[r * columns + t] = sum[0];
+        }
+}
+
+/* A node that writes x has left the squares of its own x, to the bit; then they become those of the CPU's. */
+static void check_squares(struct pair *p, const struct lla_node *node, size_t rows) {
+    const struct lla_graph *g = &p->gpu.graph;
+    const struct lla_dims *d = &g->dims;
+    const size_t n = rows * lla_square_columns(d->hidden), nbytes = rows * d->hidden * lla_dtype_size(d->dtype);
+    float *expected = malloc(n * sizeof *expected), *found = malloc(n * sizeof *found);
+    char *x = malloc(nbytes);
+    lla_exec_cuda_read(p->gpu.cuda, g->offset[LLA_B_X], nbytes, x);
+    lla_exec_cuda_read(p->gpu.cuda, g->io.squares, n * sizeof *found, found);
+    square_rows(x, rows, d, expected);
+    size_t wrong = 0;
+    while (wrong < n && !memcmp(&found[wrong], &expected[wrong], sizeof *found)) wrong++;
+    if (wrong < n)
+        printf("  %s of %zu rows: square %zu is %g instead of %g\n", node->name, rows, wrong, (double)found[wrong],
+               (double)expected[wrong]);
+    CHECK(wrong == n);
+    square_rows(p->cpu.arena + p->cpu.graph.offset[LLA_B_X], rows, d, expected);
+    lla_exec_cuda_write(p->gpu.cuda, g->io.squares, n * sizeof *expected, expected);
+    free(expected);
+    free(found);
+    free(x);
+}
+
 /* One step of the sequences on both, node by node: after each node its results are compared, and the CPU's are copied
  * to the GPU. `nlogit`: 0, or logits of every sequence's last row. */
 static void compare_logits(struct pair *p, const struct sequence *seqs, size_t nseq, size_t nlogit, double bound) {
@@ -155,6 +197,11 @@ static void compare_logits(struct pair *p, const struct sequence *seqs, size_t n
         lla_exec_cuda_write(p->gpu.cuda, g->offset[id], n, bytes);
         free(bytes);
     }
+    const size_t nsquare = rows * lla_square_columns(d->hidden);
+    float *no_squares = malloc(nsquare * sizeof *no_squares);
+    memset(no_squares, 0xff, nsquare * sizeof *no_squares);
+    lla_exec_cuda_write(p->gpu.cuda, g->io.squares, nsquare * sizeof *no_squares, no_squares);
+    free(no_squares);
     /* keys and values of earlier positions: random, the same on both */
     for (int id = LLA_B_K_CACHE; id <= LLA_B_V_CACHE; id++) {
         const size_t n = compared(c, id, 0, 0);
@@ -201,6 +248,7 @@ static void compare_logits(struct pair *p, const struct sequence *seqs, size_t n
         CHECK_INT(status, LLA_OK);
         if (status) break;
         if (nlogit && program->nodes[i].op == LLA_OP_HEAD) check_best(p, program, nlogit);
+        if (program->nodes[i].writes >> LLA_B_SQUARES & 1) check_squares(p, &program->nodes[i], rows);
         for (int id = 0; id < LLA_B_COUNT; id++) {
             const size_t n = compared(c, id, rows, nlogit);
             if (!n || !(program->nodes[i].writes >> id & 1)) continue;

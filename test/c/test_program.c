@@ -142,10 +142,11 @@ TEST(prints) {
     for (size_t i = 0; i < size; i++) lines += text[i] == '\n';
     CHECK_INT(lines, program.nnode + 1);
     CHECK_STR_HAS(text, "program of 8 nodes for 100 rows and 1 logit rows");
-    CHECK_STR_HAS(text,
-                  "embed      reads header tokens positions row_seq block_table next twin; writes best kv_tokens x");
-    CHECK_STR_HAS(text, "down       reads header x act; writes x");
-    CHECK_STR_HAS(text, "head       reads header logit_rows best x; writes best head_normed logits");
+    CHECK_STR_HAS(
+        text,
+        "embed      reads header tokens positions row_seq block_table next twin; writes best kv_tokens x squares");
+    CHECK_STR_HAS(text, "down       reads header x act; writes x squares");
+    CHECK_STR_HAS(text, "head       reads header logit_rows best x squares; writes best head_normed logits");
     free(text);
     close_model();
 }
