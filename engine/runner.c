@@ -303,7 +303,9 @@ static void put_inputs(const struct lla_runner *r, struct lla_flight *flight, co
     int32_t *row_seq = (int32_t *)(inputs + io->row_seq), *logit_rows = (int32_t *)(inputs + io->logit_rows);
     int32_t *table = (int32_t *)(inputs + io->block_table);
     struct lla_sampling_row *sampling = (struct lla_sampling_row *)(inputs + io->sampling);
+    struct lla_step_header header = {0};
     int32_t row = 0, logit = 0;
+    bool are_alone = true;
     flight->has_odds = false;
     for (size_t i = 0; i < nseq; i++) {
         const struct lla_step_seq *s = &seqs[i];
@@ -314,6 +316,10 @@ static void put_inputs(const struct lla_runner *r, struct lla_flight *flight, co
             positions[row] = (int32_t)(s->position0 + j);
             row_seq[row] = (int32_t)s->slot;
         }
+        const int32_t splits = (int32_t)(s->position0 / LLA_CUDA_SPLIT) + 1;
+        are_alone &= s->ntoken == 1;
+        header.nsplit += splits;
+        if (splits > header.longest) header.longest = splits;
         flight->logit[i] = s->want_next ? logit : -1;
         if (!s->want_next) continue;
         logit_rows[logit] = row - 1;
@@ -321,7 +327,10 @@ static void put_inputs(const struct lla_runner *r, struct lla_flight *flight, co
         flight->has_odds |= s->sampling.nlogprob > 0;
     }
     for (size_t i = nseq; i < d->max_seqs; i++) flight->logit[i] = -1; /* no later step takes a choice from there */
-    *(struct lla_step_header *)(inputs + io->header) = (struct lla_step_header){row, logit};
+    header.nrow = row;
+    header.nlogit = logit;
+    if (!are_alone) header.nsplit = header.longest = 0;
+    *(struct lla_step_header *)(inputs + io->header) = header;
 }
 
 lla_status lla_runner_launch(struct lla_runner *r, const struct lla_step_seq *seqs, const int32_t *feed, size_t nseq) {

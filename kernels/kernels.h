@@ -47,6 +47,9 @@ struct lla_dims {
 struct lla_step_header {
     int32_t nrow;   /* R */
     int32_t nlogit; /* rows whose next token is wanted, L */
+    /* Where each row is alone of its sequence: attention splits of LLA_CUDA_SPLIT tokens, of all rows and of the one
+     * that has most. nsplit 0: a GPU has to look for itself. */
+    int32_t nsplit, longest;
 };
 
 /* How a row's next token is chosen; struct lla_draw has the formulas. Zeroed: the largest logit. */

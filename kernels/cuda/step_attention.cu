@@ -11,8 +11,8 @@ __global__ void __launch_bounds__(32 * W, 1) rows_kernel(const Attention a, floa
     LLA_DYNAMIC_SHARED(smem, 16);
     note(a.trace, LLA_BLOCK_BEGAN);
     pdl_launch_next();
-    Jobs jobs(a, nullptr);
-    jobs.count_splits();
+    Jobs jobs(a);
+    if (!jobs.are_alone) jobs.count_splits();
     attend_rows<T, DIM, W>(a, smem, jobs, scale);
     /* A kernel ends only after those before it, so that a wait for it is a wait for all; but blocks without work make
      * room for the next kernel's. */
@@ -20,8 +20,7 @@ __global__ void __launch_bounds__(32 * W, 1) rows_kernel(const Attention a, floa
 }
 
 template <class T, int DIM, int W> lla_status launch_rows(const lla_cuda_ctx *ctx, const Attention &a) {
-    const size_t chunks = (a.nhead / a.nkvhead + HEADS - 1) / HEADS,
-                 most = ctx->rows * a.nkvhead * chunks * (a.max_blocks * a.kv_block / SPLIT + 1), /* jobs of a step */
+    const size_t most = ctx->rows * a.per_run * (a.max_blocks * a.kv_block / SPLIT + 1), /* jobs of a step */
         resident = (size_t)ctx->sm_count;
     return launch(ctx, "attention", rows_kernel<T, DIM, W>, dim3((unsigned)(most < resident ? most : resident)), 32 * W,
                   sizeof(RowsMemory<T, DIM, W>), a, attention_scale(DIM));
@@ -57,6 +56,11 @@ lla_status lla_cuda_attention(const lla_cuda_ctx *ctx, const lla_attention_args 
     a.kv_block = d.kv_block;
     a.max_blocks = d.max_blocks;
     a.max_splits = d.max_splits;
+    a.max_rows = (unsigned)ctx->rows;
+    a.group = (unsigned)(d.nhead / d.nkvhead);
+    a.chunks = (a.group + HEADS - 1) / HEADS;
+    a.per_run = (unsigned)d.nkvhead * a.chunks;
+    while ((size_t)1 << a.block_bits < d.kv_block) a.block_bits++;
     if (lla_many_attention_takes(ctx)) return lla_many_attention(ctx, a);
     if (d.dtype == LLAISYS_DTYPE_BF16 && d.head_dim == 128) return launch_attention<__nv_bfloat16, 128>(ctx, a);
     if (d.dtype == LLAISYS_DTYPE_BF16 && d.head_dim == 64) return launch_attention<__nv_bfloat16, 64>(ctx, a);

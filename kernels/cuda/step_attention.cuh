@@ -12,6 +12,10 @@ struct Attention {
     float *partial;   /* [max_splits, nhead, dim + 2]: output, maximum, sum of a split; each kernel's own order */
     int32_t *arrived; /* [max_rows, nkvhead], zero between steps */
     size_t nhead, nkvhead, dim, kv_block, max_blocks, max_splits;
+    unsigned max_rows;      /* of the bucket */
+    unsigned group, chunks; /* query heads of a KV head, and eights of them */
+    unsigned per_run;       /* KV heads times chunks */
+    unsigned block_bits;    /* 2^block_bits tokens a KV block */
     lla_block_times *trace;
 };
 

@@ -50,18 +50,26 @@ struct Job {
 /* A step's jobs, numbered by row, run, KV head and heads. Rows come 32 at a time, one to a lane. */
 struct Jobs {
     const Attention &a;
-    const uint32_t *const
-        words; /* NULL: all rows; else only those with a bit in the first words and not in the second */
-    const unsigned rows, lane, group, chunks, per_run;
-    unsigned run = 1;                                /* splits of a run, about */
-    unsigned total = 0, longest = 0;                 /* splits of the jobs' rows, and of the longest one */
-    bool has_all = true, is_plain = false;           /* all rows are among the jobs'; and none is cut */
+    const uint32_t *words = nullptr; /* else only rows with a bit in the first words and not in the second */
+    const unsigned lane;
+    unsigned rows;
+    unsigned run = 1;                      /* splits of a run, about */
+    unsigned total = 0, longest = 0;       /* splits of the jobs' rows, and of the longest one */
+    bool are_alone;                        /* the header says so, and their splits */
+    bool has_all = true, is_plain = false; /* all rows are among the jobs'; and none is cut */
+    unsigned near_row;                     /* the block's own where none is cut: asked for with the header */
+    int32_t near_position, near_seq;
     unsigned base = 0, before = 0, before_slots = 0; /* rows [base, base + 32), jobs and slots before them */
 
-    __device__ __forceinline__ Jobs(const Attention &a, const uint32_t *words)
-        : a(a), words(words), rows((unsigned)a.header->nrow), lane(threadIdx.x % 32),
-          group((unsigned)(a.nhead / a.nkvhead)), chunks((group + HEADS - 1) / HEADS),
-          per_run((unsigned)a.nkvhead * chunks) {}
+    __device__ __forceinline__ explicit Jobs(const Attention &a)
+        : a(a), lane(threadIdx.x % 32), near_row(min(blockIdx.x / a.per_run, a.max_rows - 1)),
+          near_position(a.positions[near_row]), near_seq(a.row_seq[near_row]) {
+        const lla_step_header header = *a.header;
+        rows = (unsigned)header.nrow;
+        are_alone = header.nsplit != 0;
+        total = (unsigned)header.nsplit;
+        longest = (unsigned)header.longest;
+    }
 
     /* Splits of a row, 0 where it is not among the jobs'. */
     __device__ __forceinline__ unsigned splits(unsigned row) const {
@@ -94,47 +102,48 @@ struct Jobs {
     }
     /* Cuts long rows so that no block has more than about its share of the splits. */
     __device__ __forceinline__ void cut(unsigned least) {
-        const unsigned share = (total * per_run + gridDim.x - 1) / gridDim.x;
+        const unsigned share = (total * a.per_run + gridDim.x - 1) / gridDim.x;
         run = total > a.max_splits ? 0x40000000u : share > least ? share : least;
         is_plain = has_all && runs(longest) <= 1;
     }
     __device__ __forceinline__ void take_heads(Job &job, unsigned chunk) const {
-        job.head0 = job.kvhead * group + chunk * HEADS;
-        job.heads = min(group - chunk * HEADS, (unsigned)HEADS);
+        job.head0 = job.kvhead * a.group + chunk * HEADS;
+        job.heads = min(a.group - chunk * HEADS, (unsigned)HEADS);
     }
     /* Goes back to the first job. */
     __device__ __forceinline__ void rewind() { base = before = before_slots = 0; }
     __device__ __forceinline__ void take_row(Job &job, unsigned row, unsigned at) const {
         job.row = row;
-        job.kvhead = at / chunks;
-        take_heads(job, at % chunks);
-        job.length = (unsigned)a.positions[row] + 1;
-        job.table = a.table + (size_t)a.row_seq[row] * a.max_blocks;
+        job.kvhead = at / a.chunks;
+        take_heads(job, at % a.chunks);
+        const bool is_near = row == near_row;
+        job.length = (unsigned)(is_near ? near_position : a.positions[row]) + 1;
+        job.table = a.table + (size_t)(is_near ? near_seq : a.row_seq[row]) * a.max_blocks;
     }
     /* Job `item`, which grows from call to call; heads 0: there is none. */
     __device__ __forceinline__ Job find(unsigned item) {
         Job job = {};
         if (is_plain) {
-            if (item >= rows * per_run) return job;
-            take_row(job, item / per_run, item % per_run);
+            if (item >= rows * a.per_run) return job;
+            take_row(job, item / a.per_run, item % a.per_run);
             job.runs = 1;
             job.last = (job.length - 1) / SPLIT + 1;
             return job;
         }
         for (; base < rows; base += 32) {
             const unsigned n = splits(base + lane), cuts = runs(n), slots = cuts > 1 ? n : 0;
-            const unsigned upto = before + scan(cuts * per_run), slots_upto = before_slots + scan(slots);
+            const unsigned upto = before + scan(cuts * a.per_run), slots_upto = before_slots + scan(slots);
             const unsigned who = __ballot_sync(~0u, item < upto);
             if (who) {
                 const int from = __ffs(who) - 1;
                 const unsigned all = __shfl_sync(~0u, n, from);
-                const unsigned at = item - __shfl_sync(~0u, upto - cuts * per_run, from);
+                const unsigned at = item - __shfl_sync(~0u, upto - cuts * a.per_run, from);
                 job.runs = __shfl_sync(~0u, cuts, from);
-                job.run = at / per_run;
+                job.run = at / a.per_run;
                 job.slot = __shfl_sync(~0u, slots_upto - slots, from);
                 job.first = all * job.run / job.runs;
                 job.last = all * (job.run + 1) / job.runs;
-                take_row(job, base + from, at % per_run);
+                take_row(job, base + from, at % a.per_run);
                 break;
             }
             before = __shfl_sync(~0u, upto, 31);
@@ -280,7 +289,7 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
     static_assert(SPLIT == 64 && PAIRS % 32 == 0, "two places a lane; a warp merges pairs of one head");
     static_assert(PER * W <= 32, "a lane has the weights of one head and split");
     auto &s = *reinterpret_cast<RowsMemory<T, DIM, W> *>(smem);
-    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, kv_block = (unsigned)a.kv_block;
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t keys = shared_address(s.keys[warp]), values = shared_address(s.values[warp]);
 
     /* Where the lane's two tokens of a split lie: row numbers of the cache. */
@@ -288,8 +297,8 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
         uint2 places = make_uint2(0, 0);
         const unsigned low = split * SPLIT + lane, high = low + 32;
         const auto place = [&](unsigned position) {
-            return ((unsigned)table[position / kv_block] * (unsigned)a.nkvhead + kvhead) * kv_block +
-                   position % kv_block;
+            return (((unsigned)table[position >> a.block_bits] * (unsigned)a.nkvhead + kvhead) << a.block_bits) +
+                   (position & ((1u << a.block_bits) - 1));
         };
         if (low < length) places.x = place(low);
         if (high < length) places.y = place(high);
@@ -336,7 +345,8 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
     unsigned staged = 0, valid = 0; /* tokens of the warp's first split */
     if (job.first + warp < job.last) {
         const unsigned split = job.first + warp, start = split * SPLIT;
-        const unsigned old = jobs.words ? job.length - 1 : (unsigned)first_new(a.positions, a.row_seq, job.row);
+        const unsigned old =
+            jobs.words || jobs.are_alone ? job.length - 1 : (unsigned)first_new(a.positions, a.row_seq, job.row);
         valid = min(job.length - start, (unsigned)SPLIT);
         staged = old <= start ? 0 : min(old - start, valid);
         first_places = find_places(job.table, job.kvhead, job.length, split);
@@ -484,7 +494,7 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
         jobs.rewind();
         for (item = blockIdx.x; (job = jobs.find(item)).heads; item += gridDim.x) {
             if (job.runs == 1) continue;
-            const unsigned parts = job.runs * jobs.chunks;
+            const unsigned parts = job.runs * a.chunks;
             unsigned *counter = counter_of(a, job), before = 0;
             rows_barrier<W>(); /* nobody reads the share before */
             if (threadIdx.x == 0) {
@@ -493,14 +503,14 @@ __device__ __forceinline__ void attend_rows(const Attention &a, char *smem, Jobs
             }
             rows_barrier<W>();
             __threadfence();
-            const unsigned part = job.run * jobs.chunks + (job.head0 - job.kvhead * jobs.group) / HEADS;
+            const unsigned part = job.run * a.chunks + (job.head0 - job.kvhead * a.group) / HEADS;
             const unsigned begin = s.share == SHARE_ALL ? 0 : part, end = s.share == SHARE_ALL     ? parts
                                                                           : s.share == SHARE_SLICE ? part + 1
                                                                                                    : part;
 #pragma unroll 1
             for (unsigned i = begin; i < end; i++) {
-                jobs.take_heads(job, i % jobs.chunks);
-                merge_slice(a, s, job, i / jobs.chunks);
+                jobs.take_heads(job, i % a.chunks);
+                merge_slice(a, s, job, i / a.chunks);
             }
             if (threadIdx.x == 0 && before % GAVE_UP / LEFT == parts - 1) *counter = 0;
         }

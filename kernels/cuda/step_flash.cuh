@@ -120,15 +120,18 @@ __device__ __forceinline__ unsigned order_of(unsigned turn) {
 template <class T, int DIM, int W>
 __device__ __forceinline__ unsigned survey_and_attend_rows(const Attention &by_row, const Flash &a, unsigned most,
                                                            char *smem, Survey &s) {
-    survey_rows(a, most, s);
-    Jobs jobs(by_row, s.words);
+    Jobs jobs(by_row);
     unsigned tiles = 0;
-    for (unsigned w = 0; w < blockDim.x / 32; w++) {
-        jobs.total += s.splits[w];
-        jobs.longest = max(jobs.longest, s.longest[w]);
-        tiles += s.tiles[w];
+    if (!jobs.are_alone) {
+        survey_rows(a, most, s);
+        jobs.words = s.words;
+        for (unsigned w = 0; w < blockDim.x / 32; w++) {
+            jobs.total += s.splits[w];
+            jobs.longest = max(jobs.longest, s.longest[w]);
+            tiles += s.tiles[w];
+        }
+        jobs.has_all = !tiles;
     }
-    jobs.has_all = !tiles;
     if (jobs.total && threadIdx.x < 32 * W) attend_rows<T, DIM, W>(by_row, smem, jobs, a.scale);
     return tiles * a.nkvhead;
 }

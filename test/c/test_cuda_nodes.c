@@ -209,7 +209,8 @@ static void compare_logits(struct pair *p, const struct sequence *seqs, size_t n
         for (size_t i = 0; i < n; i++) lla_store_float(kv, i, uniform(), d->dtype);
         lla_exec_cuda_write(p->gpu.cuda, g->offset[id], n * e, kv);
     }
-    int32_t *header = (int32_t *)(p->cpu.arena + c->io.header), *tokens = (int32_t *)(p->cpu.arena + c->io.tokens);
+    struct lla_step_header *header = (struct lla_step_header *)(p->cpu.arena + c->io.header);
+    int32_t *tokens = (int32_t *)(p->cpu.arena + c->io.tokens);
     int32_t *positions = (int32_t *)(p->cpu.arena + c->io.positions),
             *row_seq = (int32_t *)(p->cpu.arena + c->io.row_seq);
     int32_t *table = (int32_t *)(p->cpu.arena + c->io.block_table),
@@ -229,8 +230,12 @@ static void compare_logits(struct pair *p, const struct sequence *seqs, size_t n
         logit_rows[i] = (int32_t)row - 1;
     }
     CHECK(block <= c->plan.nblock);
-    header[0] = (int32_t)rows;
-    header[1] = (int32_t)nlogit;
+    *header = (struct lla_step_header){.nrow = (int32_t)rows, .nlogit = (int32_t)nlogit};
+    for (size_t i = 0; rows == nseq && i < nseq; i++) { /* each is alone of its sequence */
+        const int32_t splits = (int32_t)(seqs[i].position0 / LLA_CUDA_SPLIT) + 1;
+        header->nsplit += splits;
+        header->longest = splits > header->longest ? splits : header->longest;
+    }
     lla_exec_cuda_write(p->gpu.cuda, g->io.header, g->io.bias - g->io.header, p->cpu.arena + c->io.header);
     lla_exec_cuda_write(p->gpu.cuda, g->io.fed, d->max_seqs * sizeof *chosen, chosen);
     const size_t noted = c->plan.nblock * d->kv_block * sizeof(int32_t);

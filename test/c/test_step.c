@@ -486,6 +486,39 @@ static void check_fed(const struct lla_step_seq *steps, const int32_t *feed, siz
     free(before);
 }
 
+/* The header counts splits where each row is alone of its sequence, and only there. */
+TEST(headers) {
+    open_model(&models[0]);
+    int32_t blocks[MAX_BLOCKS], others[MAX_BLOCKS];
+    for (size_t b = 0; b < MAX_BLOCKS; b++)
+        blocks[b] = (int32_t)b + 1, others[b] = (int32_t)(runner.graph.plan.nblock - 1 - b);
+    const struct lla_step_header *header = (const struct lla_step_header *)(runner.arena + runner.graph.io.header);
+    struct lla_step_seq steps[2] = {{.slot = 1,
+                                     .tokens = sequences[0].tokens,
+                                     .ntoken = 1,
+                                     .position0 = LLA_CUDA_SPLIT,
+                                     .blocks = blocks,
+                                     .want_next = true},
+                                    {.slot = 3,
+                                     .tokens = sequences[1].tokens,
+                                     .ntoken = 1,
+                                     .position0 = LLA_CUDA_SPLIT - 1,
+                                     .blocks = others,
+                                     .want_next = true}};
+    int64_t next[2];
+    CHECK_INT(lla_runner_step(&runner, steps, 2, next), LLA_OK);
+    CHECK_INT(header->nrow, 2);
+    CHECK_INT(header->nlogit, 2);
+    CHECK_INT(header->nsplit, 3);
+    CHECK_INT(header->longest, 2);
+    steps[1].ntoken = 2;
+    CHECK_INT(lla_runner_step(&runner, steps, 2, next), LLA_OK);
+    CHECK_INT(header->nrow, 3);
+    CHECK_INT(header->nsplit, 0);
+    CHECK_INT(header->longest, 0);
+    close_model();
+}
+
 TEST(steps_refused) {
     open_model(&models[2]); /* 300 tokens a sequence, 3 sequences, 33 rows, 701 blocks of 1 */
     int32_t blocks[MAX_BLOCKS];
