@@ -149,12 +149,13 @@ template <int NI> __device__ __forceinline__ void wgmma_arrived(float (&c)[NI][4
 #endif
 #define LLA_D4(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
 #define LLA_D16(j) LLA_D4(j), LLA_D4(j + 1), LLA_D4(j + 2), LLA_D4(j + 3)
+#define LLA_C2 LLA_D4(0), LLA_D4(1)
 #define LLA_C8 LLA_D16(0), LLA_D16(4)
 #define LLA_C16 LLA_C8, LLA_D16(8), LLA_D16(12)
 #define LLA_C24 LLA_C16, LLA_D16(16), LLA_D16(20)
-#define LLA_R32                                                                                                        \
-    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                                           \
-    "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define LLA_R8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define LLA_R16 LLA_R8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define LLA_R32 LLA_R16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define LLA_R64                                                                                                        \
     LLA_R32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"                                        \
             "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
@@ -165,6 +166,18 @@ template <int NI> __device__ __forceinline__ void wgmma_arrived(float (&c)[NI][4
 /* c [64, 8 NI] (+)= w [64, 16] x [8 NI, 16]^T by a group of four warps; warp v holds rows 16 v .. 16 v + 15 of w and c,
  * in the fragment layout of mma.m16n8k16. */
 template <class T, int NI> struct Wgmma;
+template <> struct Wgmma<__nv_bfloat16, 2> {
+    static __device__ __forceinline__ void run(float (&c)[2][4], const uint4 &w, uint64_t x, int accumulate) {
+        LLA_WGMMA("16", "bf16", LLA_R8, "{%8,%9,%10,%11}", "%12", "13", "0", LLA_C2, "r"(w.x), "r"(w.y), "r"(w.z),
+                  "r"(w.w), "l"(x), "r"(accumulate));
+    }
+};
+template <> struct Wgmma<__nv_bfloat16, 4> {
+    static __device__ __forceinline__ void run(float (&c)[4][4], const uint4 &w, uint64_t x, int accumulate) {
+        LLA_WGMMA("32", "bf16", LLA_R16, "{%16,%17,%18,%19}", "%20", "21", "0", LLA_D16(0), "r"(w.x), "r"(w.y),
+                  "r"(w.z), "r"(w.w), "l"(x), "r"(accumulate));
+    }
+};
 template <> struct Wgmma<__nv_bfloat16, 8> {
     static __device__ __forceinline__ void run(float (&c)[8][4], const uint4 &w, uint64_t x, int accumulate) {
         LLA_WGMMA("64", "bf16", LLA_R32, "{%32,%33,%34,%35}", "%36", "37", "0", LLA_C8, "r"(w.x), "r"(w.y), "r"(w.z),
@@ -181,6 +194,18 @@ template <> struct Wgmma<__nv_bfloat16, 24> {
     static __device__ __forceinline__ void run(float (&c)[24][4], const uint4 &w, uint64_t x, int accumulate) {
         LLA_WGMMA("192", "bf16", LLA_R96, "{%96,%97,%98,%99}", "%100", "101", "0", LLA_C24, "r"(w.x), "r"(w.y),
                   "r"(w.z), "r"(w.w), "l"(x), "r"(accumulate));
+    }
+};
+template <> struct Wgmma<__half, 2> {
+    static __device__ __forceinline__ void run(float (&c)[2][4], const uint4 &w, uint64_t x, int accumulate) {
+        LLA_WGMMA("16", "f16", LLA_R8, "{%8,%9,%10,%11}", "%12", "13", "0", LLA_C2, "r"(w.x), "r"(w.y), "r"(w.z),
+                  "r"(w.w), "l"(x), "r"(accumulate));
+    }
+};
+template <> struct Wgmma<__half, 4> {
+    static __device__ __forceinline__ void run(float (&c)[4][4], const uint4 &w, uint64_t x, int accumulate) {
+        LLA_WGMMA("32", "f16", LLA_R16, "{%16,%17,%18,%19}", "%20", "21", "0", LLA_D16(0), "r"(w.x), "r"(w.y), "r"(w.z),
+                  "r"(w.w), "l"(x), "r"(accumulate));
     }
 };
 template <> struct Wgmma<__half, 8> {
@@ -232,9 +257,12 @@ template <> struct WgmmaShared<__half> {
 #undef LLA_WGMMA
 #undef LLA_D4
 #undef LLA_D16
+#undef LLA_C2
 #undef LLA_C8
 #undef LLA_C16
 #undef LLA_C24
+#undef LLA_R8
+#undef LLA_R16
 #undef LLA_R32
 #undef LLA_R64
 #undef LLA_R96

@@ -97,11 +97,13 @@ using WideTall = Tile<1, 16, 12, 1, 4, 5, 1>;
 using WideMiddle = Tile<1, 16, 8, 1, 4, 6, 1>;
 using WideSmall = Tile<1, 8, 4, 1, 4, 4, 3>;
 using WideLone = Tile<1, 8, 4, 1, 4, 12, 1>; /* the same, if an SM has only one of them */
+using Wide32 = Tile<1, 4, 4, 1, 4, 6, 3>;    /* for up to 32 rows, and up to 16 */
+using Wide16 = Tile<1, 2, 4, 1, 4, 7, 3>;
 
 /* A tile of four warps' height that a warp has in one piece is wgmma's. */
 template <class S> constexpr bool is_wgmma = S::MI == 1 && S::WARPS_N == 1;
 
-template <class T, Epilogue E, class S>
+template <class T, Epilogue E, class S, bool PACED = false>
 lla_status launch_product(const lla_cuda_ctx *ctx, const char *name, const Product &a) {
     const size_t tiles = (tiles_of(a.n) * 16 + S::BM - 1) / S::BM * ((a.max_rows + S::BN - 1) / S::BN);
     const size_t resident = (size_t)ctx->sm_count * S::RESIDENT;
@@ -109,7 +111,8 @@ lla_status launch_product(const lla_cuda_ctx *ctx, const char *name, const Produ
     if constexpr (is_wgmma<S>) {
         CUtensorMap w, x;
         LLA_TRY(map_product<S>(a, a.max_rows, &w, &x));
-        const auto kernel = tiles_of(a.k) % (2 * PARTS) ? wgmma_kernel<T, E, S, 1> : wgmma_kernel<T, E, S, 2>;
+        const auto kernel =
+            tiles_of(a.k) % (2 * PARTS) ? wgmma_kernel<T, E, S, 1, PACED> : wgmma_kernel<T, E, S, 2, PACED>;
         return launch(ctx, name, kernel, grid, S::THREADS_ + FILLERS<S>, S::SMEM, a, w, x);
     } else {
         return launch(ctx, name, product_kernel<T, E, S>, grid, S::THREADS_, S::SMEM, a);
@@ -157,6 +160,11 @@ template <class T, Epilogue E> lla_status dispatch(const lla_cuda_ctx *ctx, cons
             LLA_TRY(a.max_rows <= 128 ? (try_splits<T, E, 8, 6>(ctx, name, a, &done))
                                       : (try_splits<T, E, 16, 5>(ctx, name, a, &done)));
         if (done) return LLA_OK;
+        if constexpr (E == SWIGLU || E == STORE) /* profiles/decode_step.md */
+            if (a.max_rows <= LLA_FEW_ROWS)
+                return a.max_rows <= 16   ? launch_product<T, E, Wide16, true>(ctx, name, a)
+                       : a.max_rows <= 32 ? launch_product<T, E, Wide32, true>(ctx, name, a)
+                                          : launch_product<T, E, WideSmall, true>(ctx, name, a);
         const double large = cost<WideLarge>(ctx, a, 1.08), middle = cost<WideMiddle>(ctx, a, 1.0),
                      tall = cost<WideTall>(ctx, a, 1.0), small = cost<WideSmall>(ctx, a, 0.6);
         if (small < large && small < middle && small < tall)
@@ -191,8 +199,13 @@ lla_status norm_rows(const lla_cuda_ctx *ctx, size_t x, size_t norm, size_t norm
                                                  : launch_norm<__half>(ctx, ctx->rows, a);
 }
 
-bool takes(const lla_cuda_ctx *ctx, size_t rows, size_t n, size_t k) {
-    return rows > LLA_FEW_ROWS && ctx->dims.dtype != LLAISYS_DTYPE_F32 && n % 8 == 0 && k % 8 == 0 &&
+/* Steps of at most so many rows have other kernels for gate, up and head: wgmma is faster from nine rows on. */
+size_t few_rows(const lla_cuda_ctx *ctx) {
+    return has_wgmma(ctx) ? 8 : LLA_FEW_ROWS;
+}
+
+bool takes(const lla_cuda_ctx *ctx, size_t rows, size_t n, size_t k, size_t few = LLA_FEW_ROWS) {
+    return rows > few && ctx->dims.dtype != LLAISYS_DTYPE_F32 && n % 8 == 0 && k % 8 == 0 &&
            Small::SMEM <= ctx->max_smem;
 }
 
@@ -220,7 +233,7 @@ bool lla_many_linear_add_takes(const lla_cuda_ctx *ctx, const lla_linear_add_arg
 }
 
 bool lla_many_gate_up_takes(const lla_cuda_ctx *ctx) {
-    return takes(ctx, ctx->rows, ctx->dims.ffn, ctx->dims.hidden);
+    return takes(ctx, ctx->rows, ctx->dims.ffn, ctx->dims.hidden, few_rows(ctx));
 }
 
 lla_status lla_many_qkv(const lla_cuda_ctx *ctx, const lla_qkv_args *args) {
@@ -259,7 +272,7 @@ lla_status lla_many_gate_up(const lla_cuda_ctx *ctx, const lla_gate_up_args *arg
 }
 
 bool lla_many_head_takes(const lla_cuda_ctx *ctx) {
-    return takes(ctx, ctx->logits, ctx->dims.vocab, ctx->dims.hidden);
+    return takes(ctx, ctx->logits, ctx->dims.vocab, ctx->dims.hidden, few_rows(ctx));
 }
 
 lla_status lla_many_head(const lla_cuda_ctx *ctx, const void *normed, const void *w, void *logits) {

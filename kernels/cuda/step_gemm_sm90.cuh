@@ -7,6 +7,9 @@
  * One thread fills the ring, with two copies a piece: a box of packed weights, and a box of x, swizzled on the way.
  * Groups that multiply wait for a piece's `full` barrier, and give its place back through `empty`. Products run behind
  * the warps: while two k-tiles are multiplied, the weights of the next come into the registers that those before had.
+ * PACED: while the ring is filled for the first time only so many pieces of weights are under way, that what the
+ * kernels before read does not stand behind all of them. x has a barrier of its own then, and comes first by a thread
+ * that multiplies.
  */
 #ifndef LLA_STEP_GEMM_SM90_CUH
 #define LLA_STEP_GEMM_SM90_CUH
@@ -36,31 +39,34 @@ template <class S> struct Cursor {
 template <class S> constexpr int FILLERS = S::WARPS_M > 4 ? 128 : 32;
 template <class S> constexpr int REGISTERS = S::WARPS_M == 12 ? 160 : 240; /* then, of a thread that multiplies */
 template <class S> constexpr int AT_ENTRY = 65536 / (S::THREADS_ + FILLERS<S>) / 8 * 8;
+enum { PACE = 2 }; /* pieces of weights under way while the ring is filled */
 
 /* Steps of up to so many rows read a weight once, or by two tiles at the same time. */
 enum { READ_ONCE_ROWS = 256 };
 
 /* STEP: k-tiles that are multiplied between two waits: 2 where all parts of K are whole pairs of them, else 1. */
-template <class T, Epilogue E, class S, int STEP>
+template <class T, Epilogue E, class S, int STEP, bool PACED>
 __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
     wgmma_kernel(const Product a, const __grid_constant__ CUtensorMap w_map,
                  const __grid_constant__ CUtensorMap x_map) {
 #ifdef LLA_SM90A_CODE
     extern __shared__ char smem[];
-    __shared__ uint64_t barriers[2][S::STAGES];
+    __shared__ uint64_t barriers[PACED ? 3 : 2][S::STAGES];
     constexpr int NI = S::NI, KT = S::KT;
     static_assert(S::MI == 1 && S::WARPS_N == 1 && S::WARPS_M % 4 == 0, "a warp has 16 weight rows and all rows of x");
-    static_assert(FILLERS<S> == 32 || (REGISTERS<S> - AT_ENTRY<S>)*S::THREADS_ <= (AT_ENTRY<S> - 24) * 128,
+    static_assert(FILLERS<S> < 128 || (REGISTERS<S> - AT_ENTRY<S>)*S::THREADS_ <= (AT_ENTRY<S> - 24) * 128,
                   "a block waits for ever for registers that nobody gives");
     static_assert(KT == 4 && S::BN <= 256, "a box of x: 128 bytes of at most 256 rows");
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     note(a.trace, LLA_BLOCK_BEGAN);
     const unsigned ktiles = (a.k + 15) / 16, pieces = (ktiles + KT - 1) / KT, ntiles = (a.n + 15) / 16;
     const uint32_t base = (shared_address(smem) + 1023) / 1024 * 1024;
-    const uint32_t full = shared_address(barriers[0]), empty = shared_address(barriers[1]);
+    const uint32_t full = shared_address(barriers[0]), empty = shared_address(barriers[1]),
+                   full_x = PACED ? shared_address(barriers[2]) : full;
     if (threadIdx.x == 0) {
         for (int s = 0; s < S::STAGES; s++) {
             barrier_init(full + 8 * s, 1);
+            if (PACED) barrier_init(full_x + 8 * s, 1);
             barrier_init(empty + 8 * s, S::WARPS_M);
         }
         barriers_ready();
@@ -72,29 +78,36 @@ __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
     constexpr unsigned HEIGHT = S::BM / 16; /* in row tiles */
     const unsigned tiles = (ntiles + HEIGHT - 1) / HEIGHT * columns;
 
+    const auto copy_x = [&](const Cursor<S> &at) {
+        if (PACED) barrier_arrive_for(full_x + 8 * at.stage, S::STAGE_BYTES - S::W_BYTES);
+        copy_box(base + at.stage * S::STAGE_BYTES + S::W_BYTES, &x_map, at.piece * (KT * 16), at.tile % columns * S::BN,
+                 full_x + 8 * at.stage);
+    };
+    const auto fill_x = [&] { /* the whole ring, for the first time */
+                              Cursor<S> at = {blockIdx.x};
+                              for (int i = 0; i < S::STAGES && at.tile < tiles; i++) {
+                                  copy_x(at);
+                                  at.advance(pieces);
+                              }
+    };
+
     if (warp >= S::WARPS_M) { /* those that fill the ring */
         if constexpr (FILLERS<S> == 128) give_registers<24>();
         const bool is_read_once = a.max_rows <= READ_ONCE_ROWS;
         const auto copy_w = [&](const Cursor<S> &at) {
-            barrier_arrive_for(full + 8 * at.stage, S::STAGE_BYTES);
+            barrier_arrive_for(full + 8 * at.stage, PACED ? S::W_BYTES : S::STAGE_BYTES);
             copy_boxes(base + at.stage * S::STAGE_BYTES, &w_map, 0, at.piece * KT, at.tile / columns * HEIGHT,
                        full + 8 * at.stage, is_read_once);
         };
-        const auto copy_x = [&](const Cursor<S> &at) {
-            copy_box(base + at.stage * S::STAGE_BYTES + S::W_BYTES, &x_map, at.piece * (KT * 16),
-                     at.tile % columns * S::BN, full + 8 * at.stage);
-        };
-        if (threadIdx.x != S::WARPS_M * 32) return;
-        Cursor<S> ahead = {blockIdx.x}, at = {blockIdx.x};
-        for (int s = 0; s < S::STAGES && ahead.tile < tiles; s++) { /* weights do not depend on the kernel before */
-            copy_w(ahead);
-            ahead.advance(pieces);
-        }
-        pdl_wait();
-        for (int s = 0; s < S::STAGES && at.tile < tiles; s++) {
-            copy_x(at);
+        if (lane || warp > S::WARPS_M) return;
+        Cursor<S> at = {blockIdx.x};
+        for (int i = 0; i < S::STAGES && at.tile < tiles; i++) { /* weights do not depend on the kernel before */
+            if (PACED && i >= PACE) barrier_wait(full + 8 * (i - PACE), 0);
+            copy_w(at);
             at.advance(pieces);
         }
+        pdl_wait();
+        if (!PACED) fill_x();
         while (at.tile < tiles) {
             barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
             copy_w(at);
@@ -108,12 +121,17 @@ __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
     if (E == QKV && blockIdx.x < tiles)
         prefetch_operands<T, S::BN>(a, blockIdx.x / columns * HEIGHT + warp, blockIdx.x % columns * S::BN, rows, lane);
     pdl_wait(); /* results are added to what the kernels before wrote */
+    if (PACED) {
+        if (threadIdx.x == 0) fill_x();
+        __syncwarp();
+    }
     note(a.trace, LLA_BLOCK_FREE);
     const uint32_t w_at = base + warp * KT * 512 + lane * 16;
     uint4 w[KT];
     Cursor<S> at = {blockIdx.x};
     if (at.tile < tiles) {
         barrier_wait(full, 0);
+        if (PACED) barrier_wait(full_x, 0);
         note(a.trace, LLA_BLOCK_STAGED);
         w[0] = load_shared_16(w_at);
         w[1] = load_shared_16(w_at + 512);
@@ -154,7 +172,10 @@ __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
                 accumulate = 1;
                 wgmma_wait<2 / STEP>(); /* products before the last two are done: their weights' registers are free */
                 if (h == 2 - STEP && before && lane == 0) barrier_arrive(before);
-                if (h == 2 && at.tile < tiles) barrier_wait(full + 8 * at.stage, at.parity);
+                if (h == 2 && at.tile < tiles) {
+                    barrier_wait(full + 8 * at.stage, at.parity);
+                    if (PACED) barrier_wait(full_x + 8 * at.stage, at.parity);
+                }
 #pragma unroll
                 for (int i = h + 2; i < h + 2 + STEP; i++)
                     w[i % KT] = load_shared_16(w_at + (i < KT ? place + i * 512 : next + (i - KT) * 512));

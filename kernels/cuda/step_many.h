@@ -6,7 +6,8 @@
 
 #include "nodes.h"
 
-/* Steps of at most so many rows stay with the kernels for few rows. */
+/* Steps of at most so many rows stay with the kernels for few rows; on GPUs with wgmma gate, up and head change sooner.
+ */
 enum { LLA_FEW_ROWS = 64 };
 
 /* Whether the kernels of step_gemm.cu take the node: 16-bit elements in rows that are whole units of 16 bytes. */
