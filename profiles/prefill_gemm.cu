@@ -45,6 +45,7 @@ enum { HIDDEN = 1536, FFN = 8960, ROWS = 4096, KV_BLOCK = 32 };
 struct Bench {
     lla_cuda_ctx ctx = {};
     size_t used = 0;
+    size_t squares, new_squares; /* lla_io.squares of x, and of what is added to */
     size_t x, act, normed, norm, wqkv, wo, wgu, wdown, bias, rope, q, k, v, out, ref;
     unsigned *count;
     size_t take(size_t elements, float scale, float shift = 0) {
@@ -88,6 +89,10 @@ struct Bench {
         ctx.io.positions = ints(positions);
         ctx.io.row_seq = ints(zeros);
         ctx.io.block_table = ints(table);
+        const size_t floats = ROWS * lla_square_columns(HIDDEN);
+        ctx.io.squares = squares = take(2 * floats, 1);
+        CHECK(cudaMemset(ctx.arena + squares, 0x3f, 4 * floats)); /* not x's own: positive numbers will do */
+        new_squares = take(2 * floats, 1);
         x = take((size_t)ROWS * HIDDEN, 1);
         act = take((size_t)ROWS * FFN, 1);
         normed = take((size_t)ROWS * HIDDEN, 1);
@@ -119,6 +124,8 @@ static lla_status reference(Bench &b, Which which, int n, size_t out) {
     for (int i = 0; i < n && !s; i += 64) {
         b.rows(n - i < 64 ? n - i : 64, 64);
         b.ctx.io.positions = io.positions + i * 4;
+        b.ctx.io.squares =
+            (which == W_O || which == W_DOWN ? b.new_squares : b.squares) + i * lla_square_columns(HIDDEN) * 4;
         const size_t x = b.x + (size_t)i * HIDDEN * 2;
         if (which == W_QKV) {
             const lla_qkv_args args = {x,   b.norm, b.wqkv, b.bias, b.rope, b.normed, 0, out + (size_t)i * HIDDEN * 2,
@@ -167,6 +174,7 @@ template <class S> static lla_status run(Bench &b, Which which, size_t out) {
     }
     Product a = product(&b.ctx, which == W_O ? b.x : b.act, which == W_O ? b.wo : b.wdown, out, HIDDEN,
                         which == W_O ? HIDDEN : FFN);
+    a.squares = (float *)(m + b.new_squares);
     return launch_product<bf16, ADD, S>(&b.ctx, "linear_add", a);
 }
 
