@@ -195,8 +195,8 @@ enum { STEP_NODES = 8 }; /* of a step with one layer */
 static const char *const step_names[STEP_NODES] = {"embed",   "qkv",  "attention", "o",
                                                    "gate_up", "down", "head",      "sample"};
 
-/* A buffer lives from its first write to its last use. One layer stands for all: what crosses from layer to layer (x)
- * is written before the layers and read behind them, so it lives through all of them. */
+/* A buffer lives from its first write to its last use. One layer stands for all: what crosses from layer to layer (x,
+ * its squares) is written before the layers and read behind them, so it lives through all of them. */
 static lla_status set_lifetimes(struct lla_buffer *buffers) {
     struct lla_node nodes[STEP_NODES];
     struct lla_weight no_weights[16] = {0};

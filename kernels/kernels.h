@@ -27,7 +27,7 @@ extern "C" {
 /* Tokens of one attention split: softmax partial sums cover positions [0, 256), [256, 512), ... and are merged in that
  * order. */
 enum { LLA_ATTN_SPLIT = 256 };
-/* The same on a GPU, where a split is a block's work. */
+/* The same on a GPU, where a split is a warp's work. */
 enum { LLA_CUDA_SPLIT = 64 };
 
 /* Dimensions of one rank's program. */
@@ -95,7 +95,7 @@ LLA_BOTH static inline size_t lla_square_columns(size_t hidden) {
     return (hidden + 63) / 64 * 4;
 }
 
-/* Offsets of the step region's parts. */
+/* Offsets of the step region's parts, and of what the nodes share besides their arguments. */
 struct lla_io {
     size_t header;      /* struct lla_step_header */
     size_t tokens;      /* i32 [max_rows]: a token, or ~i: what the step before this one chose in its logit row i */
@@ -112,8 +112,9 @@ struct lla_io {
     size_t arrived;     /* i32 [max_rows, nkvhead]: counters of the GPU's attention, zero between steps */
     size_t best;        /* u64 [max_seqs]: a GPU's head may leave there what is the largest of a row's logits, in an
                            order of integers, and below it ~token; else 0, which embed writes */
-    size_t squares;     /* f32 [max_rows, lla_square_columns(hidden)]: of x as it stands, sums of squares, on a GPU: who
-                           writes x leaves them for the norms */
+    size_t squares;     /* f32 [max_rows, lla_square_columns(hidden)]: sums of squares of 16 columns of x as it stands,
+                           on a GPU alone: embed and linear_add, which write x, leave them for the norms of qkv, gate_up
+                           and head. (Where ranks share o and down, who adds their parts will have to.) */
     size_t kv_tokens;   /* i32 [nblock, kv_block]: the tokens of which the KV blocks hold keys and values */
 };
 

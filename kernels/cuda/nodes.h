@@ -9,9 +9,9 @@
  * its up row (half = ffn), so that the two meet in one thread.
  *
  * Sums. A row's K is cut into eight contiguous parts; a part is summed by the tensor core in order of K, and the parts'
- * sums are added in order. Neither the number of rows in the step, nor the bucket, nor the
- * kernel that the bucket takes enters. That holds for finite values: a kernel may multiply its neighbours' columns by
- * zero, and infinity times zero is NaN.
+ * sums are added in order. A norm adds the squares that who wrote x has added by 16 (step_math.cuh). Neither the number
+ * of rows in the step, nor the bucket, nor the kernel that the bucket takes enters. That holds for finite values: a
+ * kernel may multiply its neighbours' columns by zero, and infinity times zero is NaN.
  *
  * Draws. The sample node's token of a row follows from the row's logits, its sampling parameters and its known tokens
  * alone: sums are of integers, and the random number is of seed and position. From the same logits it is lla_cpu_draw's

@@ -198,8 +198,8 @@ lla_status lla_many_attention(const lla_cuda_ctx *ctx, const Attention &by_row) 
     a.out = by_row.out;
     a.nhead = (unsigned)d.nhead;
     a.nkvhead = (unsigned)d.nkvhead;
-    a.group = (unsigned)(d.nhead / d.nkvhead);
-    while ((size_t)1 << a.block_bits < d.kv_block) a.block_bits++;
+    a.group = by_row.group;
+    a.block_bits = by_row.block_bits;
     a.max_blocks = (unsigned)d.max_blocks;
     a.scale = attention_scale(d.head_dim);
     const bool is_wide = d.head_dim == 128;

@@ -252,11 +252,11 @@ __device__ __forceinline__ void finish(const Product &a, const float (&sum)[S::M
                     const uint32_t new_x = pack_pair<T>(x.x + low.x, x.y + low.y),
                                    new_y = is_whole ? pack_pair<T>(y.x + high.x, y.y + high.y) : 0;
                     const float2 v = unpack_pair<T>(new_x), u = unpack_pair<T>(new_y);
-                    const float sum = sum_of_four(__fadd_rn(squares(v.x, u.x), squares(v.y, u.y)));
+                    const float of_squares = sum_of_four(__fadd_rn(squares(v.x, u.x), squares(v.y, u.y)));
                     if (row[j] >= rows) continue;
                     out[(size_t)row[j] * (a.n / 2)] = new_x;
                     if (is_whole) out[(size_t)row[j] * (a.n / 2) + 4] = new_y;
-                    if (lane % 4 == 0) a.squares[(size_t)row[j] * lla_square_columns(a.n) + tile] = sum;
+                    if (lane % 4 == 0) a.squares[(size_t)row[j] * lla_square_columns(a.n) + tile] = of_squares;
                 }
             } else {
                 const unsigned head = tile * 8 / a.half, at = tile * 8 % a.half; /* of the tile's eight pairs */

@@ -7,9 +7,9 @@
  * One thread fills the ring, with two copies a piece: a box of packed weights, and a box of x, swizzled on the way.
  * Groups that multiply wait for a piece's `full` barrier, and give its place back through `empty`. Products run behind
  * the warps: while two k-tiles are multiplied, the weights of the next come into the registers that those before had.
- * PACED: while the ring is filled for the first time only so many pieces of weights are under way, that what the
- * kernels before read does not stand behind all of them. x has a barrier of its own then, and comes first by a thread
- * that multiplies.
+ * PACED: while the ring is filled for the first time only PACE pieces of weights are under way, so that what the
+ * kernels before read does not stand behind all of them. The thread that fills may then still be waiting when x is
+ * there to be copied: another, which multiplies, copies x that first time, and x has a barrier of its own.
  */
 #ifndef LLA_STEP_GEMM_SM90_CUH
 #define LLA_STEP_GEMM_SM90_CUH
@@ -39,7 +39,7 @@ template <class S> struct Cursor {
 template <class S> constexpr int FILLERS = S::WARPS_M > 4 ? 128 : 32;
 template <class S> constexpr int REGISTERS = S::WARPS_M == 12 ? 160 : 240; /* then, of a thread that multiplies */
 template <class S> constexpr int AT_ENTRY = 65536 / (S::THREADS_ + FILLERS<S>) / 8 * 8;
-enum { PACE = 2 }; /* pieces of weights under way while the ring is filled */
+enum { PACE = 2 };
 
 /* Steps of up to so many rows read a weight once, or by two tiles at the same time. */
 enum { READ_ONCE_ROWS = 256 };
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
     __shared__ uint64_t barriers[PACED ? 3 : 2][S::STAGES];
     constexpr int NI = S::NI, KT = S::KT;
     static_assert(S::MI == 1 && S::WARPS_N == 1 && S::WARPS_M % 4 == 0, "a warp has 16 weight rows and all rows of x");
-    static_assert(FILLERS<S> < 128 || (REGISTERS<S> - AT_ENTRY<S>)*S::THREADS_ <= (AT_ENTRY<S> - 24) * 128,
+    static_assert(FILLERS<S> == 32 || (REGISTERS<S> - AT_ENTRY<S>)*S::THREADS_ <= (AT_ENTRY<S> - 24) * 128,
                   "a block waits for ever for registers that nobody gives");
     static_assert(KT == 4 && S::BN <= 256, "a box of x: 128 bytes of at most 256 rows");
     const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -83,12 +83,12 @@ __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
         copy_box(base + at.stage * S::STAGE_BYTES + S::W_BYTES, &x_map, at.piece * (KT * 16), at.tile % columns * S::BN,
                  full_x + 8 * at.stage);
     };
-    const auto fill_x = [&] { /* the whole ring, for the first time */
-                              Cursor<S> at = {blockIdx.x};
-                              for (int i = 0; i < S::STAGES && at.tile < tiles; i++) {
-                                  copy_x(at);
-                                  at.advance(pieces);
-                              }
+    const auto fill_x = [&] {
+        Cursor<S> at = {blockIdx.x};
+        for (int i = 0; i < S::STAGES && at.tile < tiles; i++) {
+            copy_x(at);
+            at.advance(pieces);
+        }
     };
 
     if (warp >= S::WARPS_M) { /* those that fill the ring */

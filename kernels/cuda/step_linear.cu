@@ -24,10 +24,14 @@ enum { DEPTH = 4 }; /* column tiles, 512 bytes each, that a warp asks for at a t
  * where K is 1,536, or what a block alone on an SM needs under way where K is long. */
 enum { STREAM_GROUPS = 5, TILE_GROUPS = 3, LONG_GROUPS = 9 };
 /* Groups under way while the ring is filled for the first time. More fill the memory's queues, and what the kernels
- * before this one wait for stands behind them. gate_up's, 21 MB in all, are filled while qkv fetches x: of 2 to 4 rows
- * that takes several turns, and even fewer are better. Down asks for all of its groups at once: only its own x stands
- * behind them. */
+ * before this one wait for stands behind them. gate_up's, 21 MB in all, are filled while qkv fetches x: beside the x of
+ * 2 to 4 rows even fewer are better (measured when a lane fetched them one unit at a time). Down asks for all of its
+ * groups at once: only its own x stands behind them. */
 enum { FILLING = 2, FILLING_BESIDE_ROWS = 1 };
+/* How a block fetches x: units of 16 bytes that a lane has under way of its warp's part of the columns, all of it where
+ * K is 1,536 and rows are one, or up to four, and a row's of down's 8,960; or row by row, a warp a row. */
+enum { UNITS_OF_ONE = 1, UNITS_OF_FOUR = 3, UNITS_OF_SUMS = 5, WHOLE_ROWS = 0 };
+
 /* A warp's columns [16 k_first, 16 (k_first + length)) of the rows of x on their way to shared memory, in units of 16
  * bytes, UNITS of them a lane at once. */
 template <class T, bool NORM, int UNITS> struct Part {
@@ -71,7 +75,7 @@ template <class T, bool NORM, int UNITS> struct Part {
 template <class T, Epilogue E, int GROUPS, int UNITS>
 __global__ void __launch_bounds__(32 * W, 4) linear_kernel(const Linear a) {
     constexpr unsigned SLOT = 32 * W * 16, RING = GROUPS * DEPTH * SLOT; /* bytes */
-    constexpr bool NORM = E != ADD, BY_ROW = UNITS == 6;
+    constexpr bool NORM = E != ADD, BY_ROW = UNITS == WHOLE_ROWS;
     LLA_DYNAMIC_SHARED(smem, 16);
     __shared__ float scales[COLS];
     float *sums = reinterpret_cast<float *>(smem + RING); /* [tiles > 1 ? 2 : 1][W][16][COLS] */
@@ -111,7 +115,7 @@ __global__ void __launch_bounds__(32 * W, 4) linear_kernel(const Linear a) {
         request();
 #if __CUDA_ARCH__ >= 900 /* elsewhere nothing runs before this kernel's turn */
         if (GROUPS == LONG_GROUPS && is_down(a)) continue;
-        if (E == SWIGLU && UNITS == 3)
+        if (E == SWIGLU && UNITS == UNITS_OF_FOUR)
             cp_async_wait<FILLING_BESIDE_ROWS - 1>();
         else
             cp_async_wait<FILLING - 1>();
@@ -266,16 +270,14 @@ lla_status launch_units(const lla_cuda_ctx *ctx, const char *name, const Linear 
     return done ? LLA_OK : linear_any<T, E>(ctx, name, a);
 }
 
-/* Units of x that a lane has under way: all of a warp's part where K is 1,536, or, down's, a row's where it is 8,960.
- */
 template <class T, Epilogue E> lla_status launch_few(const lla_cuda_ctx *ctx, const char *name, const Linear &a) {
     if constexpr (E == ADD) {
-        return launch_units<T, E, 5>(ctx, name, a);
+        return launch_units<T, E, UNITS_OF_SUMS>(ctx, name, a);
     } else {
-        if (a.max_rows == 1) return launch_units<T, E, 1>(ctx, name, a);
+        if (a.max_rows == 1) return launch_units<T, E, UNITS_OF_ONE>(ctx, name, a);
         if constexpr (E != QKV) /* whose slots and angles leave no registers */
-            if (a.max_rows > 4) return launch_units<T, E, 6>(ctx, name, a);
-        return launch_units<T, E, 3>(ctx, name, a);
+            if (a.max_rows > 4) return launch_units<T, E, WHOLE_ROWS>(ctx, name, a);
+        return launch_units<T, E, UNITS_OF_FOUR>(ctx, name, a);
     }
 }
 

@@ -87,7 +87,7 @@ __device__ __forceinline__ void stage_norm(const Linear &a, unsigned first, unsi
         const float scale = norm_scale<T>(a.squares + source(a, first + r) * lla_square_columns(k), k, a.eps, lane);
         if (k % UNIT == 0) {
 #pragma unroll 1
-            for (unsigned i = place; i < k / UNIT; i += places) /* x comes from the first-level cache now */
+            for (unsigned i = place; i < k / UNIT; i += places)
                 reinterpret_cast<uint4 *>(to)[i] = normed_unit<T>(reinterpret_cast<const uint4 *>(x)[i],
                                                                   reinterpret_cast<const uint4 *>(norm)[i], scale);
 #pragma unroll 1

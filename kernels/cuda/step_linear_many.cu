@@ -8,7 +8,8 @@
  *
  * A tile's parts of K (nodes.h) are summed in one of two ways, with the same bits:
  *   whole: the warp goes through the parts one after the other and adds each to a total in its registers. This wants
- *     as many row tiles as there are warps on the GPU: gate and up, and the head.
+ *     as many row tiles as there are warps on the GPU: gate and up, and the head (GPUs with wgmma come here only with
+ *     shapes that step_gemm.cu does not take).
  *   split: eight blocks, a thread-block cluster, share the row tiles, and each takes a part of K; a block reads only
  *     its eighth of x. The parts' sums meet in the cluster's shared memory: block b gets those of
  *     columns 8 b .. 8 b + 7, and adds them in order. Clusters exist from sm_90 on. */
@@ -28,8 +29,8 @@ enum {
     MAX_WARPS_SPLIT = 14,
 };
 
-/* Warps for which a thread's registers are counted out: 16 leave it 128, so that down's blocks fit beside gate_up's;
- * 18 leave 112, so that two of qkv's share an SM where their rings are small, and attention finds others empty. */
+/* Warps for which a thread's registers are counted out: 16 leave it 128; 18 leave 112, so that two of qkv's share an SM
+ * where their rings are small, and attention finds others empty. */
 template <int NT, bool SPLIT> constexpr int BOUND_WARPS = !SPLIT ? MAX_WARPS : NT <= 4 ? 18 : MAX_WARPS_SPLIT;
 
 /* How the row tiles are shared. */

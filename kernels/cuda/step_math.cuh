@@ -30,7 +30,7 @@ template <class T> __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a
     return a;
 }
 
-/* 1 / sqrt(mean + eps). It stands between two loads on a step's critical path; to 16 bits, approximations do. */
+/* 1 / sqrt(mean + eps). It stands on a step's critical path; to 16 bits, approximations do. */
 template <class T> __device__ __forceinline__ float norm_scale_of(float sum, unsigned k, float eps) {
     if (sizeof(T) == 2) return rsqrtf(__fadd_rn(__fdividef(sum, (float)k), eps));
     return 1.0f / sqrtf(sum / (float)k + eps);

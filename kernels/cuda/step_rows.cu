@@ -20,13 +20,13 @@ __global__ void __launch_bounds__(THREADS)
     if (row >= (size_t)in.header->nrow) return;
     const int32_t given = in.tokens[row], token = given < 0 ? in.fed[~given] : given;
     const size_t columns = lla_square_columns(hidden);
-    for (size_t i = threadIdx.x; i < (columns * 8 + 31) / 32 * 32; i += THREADS) { /* eight threads 16 columns */
+    for (size_t i = threadIdx.x; i < columns * 8; i += THREADS) { /* eight threads 16 columns, whole warps */
         const size_t low = i / 8 * LLA_TILE + i % 8, high = low + 8;
         T of_low = from_float<T>(0.0f), of_high = of_low;
         if (low < hidden) x[row * hidden + low] = of_low = weight[packed_index((size_t)token, low, ktiles, 0)];
         if (high < hidden) x[row * hidden + high] = of_high = weight[packed_index((size_t)token, high, ktiles, 0)];
         const float sum = sum_of_eight<1>(squares(to_float<T>(of_low), to_float<T>(of_high)));
-        if (i % 8 == 0 && i / 8 < columns) squares_of_x[row * columns + i / 8] = sum;
+        if (i % 8 == 0) squares_of_x[row * columns + i / 8] = sum;
     }
     if (threadIdx.x == 0) {
         if (row < (size_t)in.header->nlogit) best[row] = 0;
