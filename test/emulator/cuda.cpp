@@ -1,6 +1,6 @@
 /* cuda.cpp: the emulator's blocks, and the part of CUDA's runtime that the executor uses: one device, whose memory is
- * the host's, and whose streams do at once what they are asked. EMULATED_CAPABILITY (80) and EMULATED_SMS (5) say which
- * device it is. */
+ * the host's, and whose streams do at once what they are asked. EMULATED_CAPABILITY (80; from 90 on it has clusters)
+ * and EMULATED_SMS (5) say which device it is. */
 #include "cuda.h"
 
 extern "C" {
@@ -8,13 +8,14 @@ extern "C" {
 }
 
 #include <algorithm>
+#include <map>
 #include <sys/mman.h>
 
 emulator_index blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-enum { STACK = 64 << 10, SHARED = 256 << 10, MOST_THREADS = 1024, BARRIERS = 16, TURNS = 4 };
+enum { STACK = 64 << 10, SHARED = 256 << 10, MOST_THREADS = 1024, MOST_BLOCKS = 8, BARRIERS = 16, TURNS = 4 };
 
 struct Warp {
     Lanes lanes[TURNS]; /* in turns: a lane is at most one exchange ahead of those that still read */
@@ -23,6 +24,24 @@ struct Warp {
 struct Barrier {
     unsigned arrived, generation;
 };
+/* A barrier in shared memory: arrivals and bytes that its phase still waits for, and copies on their way. */
+struct Transfer {
+    unsigned from_block;
+    uint32_t to, from;
+    size_t n;
+};
+struct CountingBarrier {
+    unsigned count, pending, phase;
+    long bytes;
+    std::vector<Transfer> transfers;
+};
+struct Block {
+    char *memory;
+    unsigned alive; /* threads */
+    Warp warps[MOST_THREADS / 32];
+    Barrier barriers[BARRIERS];
+    std::map<uint32_t, CountingBarrier> counting;
+};
 
 Thread *self;
 char *shared;
@@ -30,9 +49,10 @@ size_t shared_bytes;
 unsigned block_threads;
 std::mutex running;
 
-static Thread threads[MOST_THREADS];
-static Warp warps[MOST_THREADS / 32];
-static Barrier barriers[BARRIERS];
+static Thread threads[MOST_BLOCKS * MOST_THREADS];
+static Block blocks[MOST_BLOCKS];
+static Barrier cluster; /* of all threads that have not ended */
+static unsigned nblock, alive;
 static void *scheduler;                    /* its stack pointer */
 static const std::function<void()> *block; /* what the threads run */
 static bool has_moved;                     /* a thread has got on */
@@ -63,21 +83,39 @@ emulator_switch:
     ret
 )");
 
+static void pass_cluster_barrier() {
+    if (!alive || cluster.arrived < alive) return;
+    cluster.arrived = 0;
+    cluster.generation++;
+}
+
 static void run_thread() {
     (*block)();
     self->is_done = has_moved = true;
+    Block &mine = blocks[self->block];
+    if (!--mine.alive)
+        for (const auto &[at, barrier] : mine.counting)
+            if (!barrier.transfers.empty()) {
+                fprintf(stderr, "emulator: block %u, %u has ended, and others still send to it\n", blockIdx.x,
+                        blockIdx.y);
+                abort();
+            }
+    alive--;
+    pass_cluster_barrier();
     emulator_switch(&self->stack_pointer, scheduler);
     abort();
 }
 
-static void begin_thread(Thread &t) {
+static void begin_thread(Thread &t, unsigned in_block, unsigned id) {
     if (!t.stack) {
         void *memory = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) abort();
         t.stack = static_cast<char *>(memory);
     }
+    t.block = in_block;
+    t.id = id;
     t.is_done = false;
-    t.exchanges = 0;
+    t.exchanges = t.cluster_phase = 0;
     t.groups.clear();
     t.open.clear();
     void **top = reinterpret_cast<void **>(t.stack + STACK - 64);
@@ -92,7 +130,7 @@ void yield() {
 }
 
 void barrier(int id, unsigned count, bool waits) {
-    Barrier &b = barriers[id];
+    Barrier &b = blocks[self->block].barriers[id];
     const unsigned generation = b.generation;
     has_moved = true;
     if (++b.arrived == count) {
@@ -104,7 +142,7 @@ void barrier(int id, unsigned count, bool waits) {
 }
 
 const Lanes &exchange(const void *mine, size_t n) {
-    Warp &w = warps[self->id / 32];
+    Warp &w = blocks[self->block].warps[self->id / 32];
     const unsigned turn = self->exchanges++ % TURNS;
     memcpy(w.lanes[turn][self->id % 32], mine, n);
     has_moved = true;
@@ -113,51 +151,118 @@ const Lanes &exchange(const void *mine, size_t n) {
     return w.lanes[turn];
 }
 
-char *in_shared(uint32_t address, size_t n) {
-    if (address + n > shared_bytes || address % n) {
-        fprintf(stderr, "emulator: %zu bytes at %u of %zu bytes of shared memory, thread %u of block %u, %u\n", n,
-                address, shared_bytes, self->id, blockIdx.x, blockIdx.y);
+char *in_block(unsigned rank, uint32_t address, size_t n) {
+    if (rank >= nblock || !blocks[rank].alive || address + n > shared_bytes || address % n) {
+        fprintf(stderr,
+                "emulator: %zu bytes at %u of %zu bytes of shared memory, block %u of %u, thread %u of block %u, %u\n",
+                n, address, shared_bytes, rank, nblock, self->id, blockIdx.x, blockIdx.y);
         abort();
     }
-    return shared + address;
+    return blocks[rank].memory + address;
 }
 
-void run_block(const std::function<void()> &body, unsigned count, size_t dynamic_shared) {
-    static char *const memory = static_cast<char *>(aligned_alloc(1024, SHARED));
-    if (count > MOST_THREADS || count % 32 || dynamic_shared > SHARED) {
-        fprintf(stderr, "emulator: a block of %u threads and %zu bytes\n", count, dynamic_shared);
+char *in_shared(uint32_t address, size_t n) {
+    return in_block(self->block, address, n);
+}
+
+/* ---- clusters ---- */
+
+void cluster_arrive() {
+    has_moved = true;
+    self->cluster_phase = cluster.generation;
+    cluster.arrived++;
+    pass_cluster_barrier();
+}
+
+void cluster_wait() {
+    while (cluster.generation == self->cluster_phase) yield();
+}
+
+static void pass(CountingBarrier &b) {
+    if (b.pending || b.bytes) return;
+    b.phase++;
+    b.pending = b.count;
+    has_moved = true;
+}
+
+void mbarrier_init(uint32_t barrier, unsigned count) {
+    in_shared(barrier, 8);
+    blocks[self->block].counting[barrier] = {count, count, 0, 0, {}};
+}
+
+void mbarrier_expect(uint32_t barrier, unsigned bytes) {
+    CountingBarrier &b = blocks[self->block].counting.at(barrier);
+    b.bytes += bytes;
+    b.pending--;
+    pass(b);
+}
+
+void mbarrier_wait(uint32_t barrier, unsigned parity) {
+    CountingBarrier &b = blocks[self->block].counting.at(barrier);
+    while (b.phase % 2 == parity) {
+        for (const Transfer &t : b.transfers) {
+            memcpy(in_shared(t.to, 16), in_block(t.from_block, t.from, 16), t.n);
+            b.bytes -= (long)t.n;
+        }
+        b.transfers.clear();
+        pass(b);
+        if (b.phase % 2 == parity) yield();
+    }
+}
+
+void copy_to(unsigned rank, uint32_t to, uint32_t from, size_t n, uint32_t barrier) {
+    in_block(rank, to + (uint32_t)n - 16, 16);
+    in_shared(from + (uint32_t)n - 16, 16);
+    has_moved = true;
+    blocks[rank].counting.at(barrier).transfers.push_back({self->block, to, from, n});
+}
+
+static void go_on(Thread &t, emulator_index first) {
+    self = &t;
+    shared = blocks[t.block].memory;
+    blockIdx = {first.x + t.block, first.y, 0};
+    emulator_switch(&scheduler, t.stack_pointer);
+}
+
+void run_cluster(const std::function<void()> &body, unsigned x, unsigned y, unsigned n, unsigned count,
+                 size_t dynamic_shared) {
+    if (n > MOST_BLOCKS || count > MOST_THREADS || count % 32 || dynamic_shared > SHARED) {
+        fprintf(stderr, "emulator: %u blocks of %u threads and %zu bytes\n", n, count, dynamic_shared);
         abort();
     }
-    shared = memory;
     shared_bytes = dynamic_shared;
-    memset(shared, 0xff, dynamic_shared); /* NaN */
     block = &body;
     block_threads = count;
-    memset(barriers, 0, sizeof barriers);
-    for (unsigned i = 0; i < count; i++) {
-        threads[i].id = i;
-        begin_thread(threads[i]);
-        if (i % 32 == 0) memset(warps[i / 32].arrived, 0, sizeof warps[0].arrived);
+    nblock = n;
+    alive = n * count;
+    cluster = {};
+    for (unsigned b = 0; b < n; b++) {
+        Block &one = blocks[b];
+        if (!one.memory) one.memory = static_cast<char *>(aligned_alloc(1024, SHARED));
+        memset(one.memory, 0xff, dynamic_shared); /* NaN */
+        memset(one.barriers, 0, sizeof one.barriers);
+        one.counting.clear();
+        one.alive = count;
+        for (unsigned i = 0; i < count; i++) {
+            begin_thread(threads[b * count + i], b, i);
+            if (i % 32 == 0) memset(one.warps[i / 32].arrived, 0, sizeof one.warps[0].arrived);
+        }
     }
-    for (bool is_over = false; !is_over;) {
-        bool block_moved = false;
-        is_over = true;
-        for (unsigned warp = 0; warp < count; warp += 32)
+    while (alive) {
+        bool any_moved = false;
+        for (unsigned warp = 0; warp < n * count; warp += 32)
             for (bool warp_moved = true; warp_moved;) { /* as far as it gets: most waits are within a warp */
                 warp_moved = false;
                 for (unsigned i = warp; i < warp + 32; i++) {
                     if (threads[i].is_done) continue;
                     has_moved = false;
-                    self = &threads[i];
-                    emulator_switch(&scheduler, threads[i].stack_pointer);
-                    is_over = is_over && threads[i].is_done;
+                    go_on(threads[i], {x, y, 0});
                     warp_moved = warp_moved || has_moved;
                 }
-                block_moved = block_moved || warp_moved;
+                any_moved = any_moved || warp_moved;
             }
-        for (unsigned i = 0; i < count; i++) is_over = is_over && threads[i].is_done;
-        if (is_over || block_moved) continue;
-        fprintf(stderr, "emulator: the threads of block %u, %u wait for each other\n", blockIdx.x, blockIdx.y);
+        if (!alive || any_moved) continue;
+        fprintf(stderr, "emulator: the threads of block %u, %u wait for each other\n", x, y);
         abort();
     }
 }
@@ -291,11 +396,11 @@ cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute, int) {
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, const void *) {
     *attributes = cudaFuncAttributes{};
-    attributes->ptxVersion = 80; /* no programmatic launch */
+    attributes->ptxVersion = (int)emulator::setting("EMULATED_CAPABILITY", 80);
     return cudaSuccess;
 }
-cudaError_t cudaOccupancyMaxActiveClusters(int *count, const void *, const cudaLaunchConfig_t *) {
-    *count = 0;
+cudaError_t cudaOccupancyMaxActiveClusters(int *count, const void *, const cudaLaunchConfig_t *config) {
+    *count = (int)(emulator::setting("EMULATED_SMS", 5) / config->attrs[0].val.clusterDim.x);
     return cudaSuccess;
 }
 

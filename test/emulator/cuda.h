@@ -1,11 +1,14 @@
 /* cuda.h: kernels of CUDA C++ on the CPU, for tests: compiled by the host's compiler with this header in front,
- * launched one block at a time, its threads as fibers that hand over wherever they wait for each other.
+ * launched one block, or cluster of blocks, at a time, its threads as fibers that hand over wherever they wait for each
+ * other.
  *
  * What it is strict about: shared memory is poisoned before each block, and asynchronous copies arrive only when their
- * group is waited for, so that what is read too early is NaN; addresses in shared memory are checked against what the
- * launch asked for, and for alignment; a block that cannot go on is reported. What it does not know: time, caches, the
- * order in which blocks run, programmatic launch, clusters, what only sm_90 has. Sums of the tensor cores are rounded
- * once for every 16 products, where a GPU's are not: results are close, and the same from kernel to kernel.
+ * group is waited for, so that what is read too early is NaN; what a block of a cluster is sent in the background comes
+ * when it waits for it, from the sender's memory as it is then; addresses in shared memory are checked against what the
+ * launch asked for, and for alignment; a block that cannot go on, or that reaches into the memory of one that has
+ * ended, is reported. What it does not know: time, caches, the order in which blocks run, programmatic launch, wgmma
+ * and TMA. Variables that a kernel declares __shared__ are those of all of a cluster's blocks. Sums of the tensor cores
+ * are rounded once for every 16 products, where a GPU's are not: results are close, and the same from kernel to kernel.
  *
  * Build: -D__shared__=static -include cuda.h -DLLA_PTX=... (kernels/cuda/ptx.cuh), without strict aliasing. */
 #ifndef LLA_EMULATOR_CUDA_H
@@ -44,18 +47,19 @@ struct Copy {
     bool is_valid; /* zeros otherwise */
 };
 
-/* A thread of the block. */
+/* A thread of a block. */
 struct Thread {
     void *stack_pointer;
     char *stack;
     bool is_done;
-    unsigned id, exchanges;               /* exchanges: warp operations so far */
+    unsigned block, id, exchanges;        /* block of the cluster; exchanges: warp operations so far */
+    unsigned cluster_phase;               /* of the cluster's barrier, when the thread arrived */
     std::deque<std::vector<Copy>> groups; /* of asynchronous copies, committed */
     std::vector<Copy> open;               /* not yet */
 };
 extern Thread *self;
 
-extern char *shared; /* the block's dynamic shared memory */
+extern char *shared; /* the running thread's block's dynamic shared memory */
 extern size_t shared_bytes;
 extern unsigned block_threads;
 extern std::mutex running; /* one kernel at a time, whoever launches it */
@@ -64,6 +68,16 @@ extern std::mutex running; /* one kernel at a time, whoever launches it */
 char *in_shared(uint32_t address, size_t n);
 
 void barrier(int id, unsigned count, bool waits);
+
+/* The cluster: its barrier, another block's shared memory, and barriers in shared memory that count bytes. */
+void cluster_arrive();
+void cluster_wait();
+char *in_block(unsigned rank, uint32_t address, size_t n);
+void mbarrier_init(uint32_t barrier, unsigned count);
+void mbarrier_expect(uint32_t barrier, unsigned bytes);
+void mbarrier_wait(uint32_t barrier, unsigned parity);
+/* n bytes for block `rank`, which come when it waits for its barrier: of this block's memory, as it is then. */
+void copy_to(unsigned rank, uint32_t to, uint32_t from, size_t n, uint32_t barrier);
 void yield();
 
 /* Every lane of a warp gives n bytes, at most 256, and gets all lanes'. */
@@ -81,22 +95,25 @@ template <class T> T shuffle(T v, unsigned lane) {
 
 /* Runs work, or keeps it for the graph that is being captured. */
 void issue(std::function<void()> work);
-void run_block(const std::function<void()> &body, unsigned threads, size_t dynamic_shared);
+/* Runs `blocks` blocks from block (x, y) on together. */
+void run_cluster(const std::function<void()> &body, unsigned x, unsigned y, unsigned blocks, unsigned threads,
+                 size_t dynamic_shared);
 
 template <class... Params, class... Args>
 cudaError_t launch(const cudaLaunchConfig_t *config, void (*kernel)(Params...), Args... args) {
     const dim3 grid = config->gridDim;
     const unsigned threads = config->blockDim.x;
     const size_t bytes = config->dynamicSmemBytes;
+    unsigned cluster = 1;
+    for (unsigned i = 0; i < config->numAttrs; i++)
+        if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = config->attrs[i].val.clusterDim.x;
     issue([=] {
         const std::lock_guard<std::mutex> only(running);
         gridDim = {grid.x, grid.y, grid.z};
         blockDim = {threads, 1, 1};
         for (unsigned y = 0; y < grid.y; y++)
-            for (unsigned x = 0; x < grid.x; x++) {
-                blockIdx = {x, y, 0};
-                run_block([&] { kernel(args...); }, threads, bytes);
-            }
+            for (unsigned x = 0; x < grid.x; x += cluster)
+                run_cluster([&] { kernel(args...); }, x, y, cluster, threads, bytes);
     });
     return cudaSuccess;
 }

@@ -142,32 +142,32 @@ static inline void barrier_sync(int id, int threads) {
     emulator::barrier(id, (unsigned)threads, true);
 }
 
-/* ---- what no emulated device has: clusters, and kernels that begin before their turn ---- */
+/* ---- clusters ---- */
 
-static inline void cluster_arrive() {}
-static inline void cluster_wait() {}
-static inline void cluster_arrive_relaxed() {}
-static inline uint4 load_cluster_16(uint32_t, unsigned) {
-    abort();
+using emulator::cluster_arrive;
+using emulator::cluster_wait;
+using emulator::mbarrier_expect;
+using emulator::mbarrier_init;
+using emulator::mbarrier_wait;
+
+static inline void cluster_arrive_relaxed() {
+    cluster_arrive();
 }
-static inline void mbarrier_init(uint32_t, unsigned) {
-    abort();
+static inline uint4 load_cluster_16(uint32_t from, unsigned rank) {
+    uint4 v;
+    memcpy(&v, emulator::in_block(rank, from, sizeof v), sizeof v);
+    return v;
 }
-static inline void mbarrier_expect(uint32_t, unsigned) {
-    abort();
+static inline void fence_shared_async() {}
+static inline void copy_to_cluster(uint32_t to, uint32_t from, unsigned bytes, uint32_t barrier, unsigned rank) {
+    emulator::copy_to(rank, to, from, bytes, barrier);
 }
-static inline void mbarrier_wait(uint32_t, unsigned) {
-    abort();
+static inline void store_cluster_16(uint32_t to, unsigned rank, const float (&v)[4]) {
+    memcpy(emulator::in_block(rank, to, sizeof v), v, sizeof v);
 }
-static inline void fence_shared_async() {
-    abort();
-}
-static inline void copy_to_cluster(uint32_t, uint32_t, unsigned, uint32_t, unsigned) {
-    abort();
-}
-static inline void store_cluster_16(uint32_t, unsigned, const float (&)[4]) {
-    abort();
-}
+
+/* ---- kernels that begin before their turn: no emulated one does ---- */
+
 static inline void pdl_launch_next() {}
 static inline void pdl_wait() {}
 
