@@ -5,6 +5,10 @@
 
 #include "ptx.cuh"
 
+#ifdef LLA_PTX_SM90 /* another implementation: the emulator's, for tests without a GPU */
+#include LLA_PTX_SM90
+#else
+
 #include <cuda.h> /* CUtensorMap */
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -267,4 +271,5 @@ template <> struct WgmmaShared<__half> {
 #undef LLA_R64
 #undef LLA_R96
 
+#endif
 #endif

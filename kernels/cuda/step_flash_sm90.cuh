@@ -26,7 +26,7 @@ static_assert(sizeof(RowsMemory<uint16_t, 128, FLASH_SM90_ROW_WARPS>) % 4 == 0, 
 template <class T, int DIM>
 __global__ void __launch_bounds__(FLASH_SM90_THREADS, 1) flash_sm90_kernel(const Attention by_row, const Flash a) {
 #ifdef LLA_SM90A_CODE
-    extern __shared__ __align__(16) char memory[];
+    LLA_DYNAMIC_SHARED(memory, 16);
     constexpr unsigned UNITS = DIM / 8, PASS = FLASH_SM90_THREADS / UNITS; /* rows that all threads copy at once */
     constexpr unsigned Q_BYTES = TILE_ROWS * DIM * 2, KV_BYTES = SPLIT * DIM * 2, PANELS = DIM / 64;
     constexpr unsigned Q_PANEL = TILE_ROWS * 128, KV_PANEL = SPLIT * 128;

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(S::THREADS_ + FILLERS<S>, S::RESIDENT)
     wgmma_kernel(const Product a, const __grid_constant__ CUtensorMap w_map,
                  const __grid_constant__ CUtensorMap x_map) {
 #ifdef LLA_SM90A_CODE
-    extern __shared__ char smem[];
+    LLA_DYNAMIC_SHARED(smem, 16);
     __shared__ uint64_t barriers[PACED ? 3 : 2][S::STAGES];
     constexpr int NI = S::NI, KT = S::KT;
     static_assert(S::MI == 1 && S::WARPS_N == 1 && S::WARPS_M % 4 == 0, "a warp has 16 weight rows and all rows of x");

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(S::THREADS_ + 128, 1)
     split_kernel(const Product a, const __grid_constant__ CUtensorMap w_map,
                  const __grid_constant__ CUtensorMap x_map) {
 #ifdef LLA_SM90A_CODE
-    extern __shared__ char smem[];
+    LLA_DYNAMIC_SHARED(smem, 16);
     __shared__ uint64_t barriers[2][S::STAGES];
     __shared__ uint4 zeros[32];
     constexpr int NI = S::NI, KT = S::KT;

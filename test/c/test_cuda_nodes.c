@@ -569,7 +569,7 @@ TEST(bits_do_not_depend_on_the_bucket) {
 
 TEST(quick_graphs) {
     need_gpu();
-    compare_buckets(shape(LLAISYS_DTYPE_BF16, 128, 4, 1, 64, 328, 300, false), 12);
+    compare_buckets(shape(LLAISYS_DTYPE_BF16, 128, 4, 1, 64, 328, 300, false), 24);
 }
 
 enum { LONG_PROMPT = 300 };

@@ -7,11 +7,14 @@ extern "C" {
 #include "../../kernels/device.h"
 }
 
+#include "sm90.cuh"
+
 #include <algorithm>
 #include <map>
 #include <sys/mman.h>
 
 emulator_index blockIdx, blockDim, gridDim;
+extern char __bss_start, _end; /* the linker's */
 
 namespace emulator {
 
@@ -26,9 +29,8 @@ struct Barrier {
 };
 /* A barrier in shared memory: arrivals and bytes that its phase still waits for, and copies on their way. */
 struct Transfer {
-    unsigned from_block;
-    uint32_t to, from;
     size_t n;
+    std::function<void()> copy;
 };
 struct CountingBarrier {
     unsigned count, pending, phase;
@@ -36,7 +38,6 @@ struct CountingBarrier {
     std::vector<Transfer> transfers;
 };
 struct Block {
-    char *memory;
     unsigned alive; /* threads */
     Warp warps[MOST_THREADS / 32];
     Barrier barriers[BARRIERS];
@@ -51,6 +52,7 @@ std::mutex running;
 
 static Thread threads[MOST_BLOCKS * MOST_THREADS];
 static Block blocks[MOST_BLOCKS];
+alignas(1024) static char memory[MOST_BLOCKS][SHARED];
 static Barrier cluster; /* of all threads that have not ended */
 static unsigned nblock, alive;
 static void *scheduler;                    /* its stack pointer */
@@ -106,18 +108,20 @@ static void run_thread() {
     abort();
 }
 
-static void begin_thread(Thread &t, unsigned in_block, unsigned id) {
+static void begin_thread(Thread &t, unsigned of, unsigned id) {
     if (!t.stack) {
         void *memory = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) abort();
         t.stack = static_cast<char *>(memory);
     }
-    t.block = in_block;
+    t.block = of;
     t.id = id;
     t.is_done = false;
     t.exchanges = t.cluster_phase = 0;
     t.groups.clear();
     t.open.clear();
+    t.products.clear();
+    t.open_products.clear();
     void **top = reinterpret_cast<void **>(t.stack + STACK - 64);
     *--top = nullptr; /* where a function's return address would be */
     *--top = reinterpret_cast<void *>(run_thread);
@@ -152,13 +156,16 @@ const Lanes &exchange(const void *mine, size_t n) {
 }
 
 char *in_block(unsigned rank, uint32_t address, size_t n) {
+    char *const variable = memory[rank] + (int32_t)address; /* of those that a kernel declares __shared__? */
+    if ((variable < memory[0] || variable >= memory[MOST_BLOCKS]) && variable >= &__bss_start && variable < &_end)
+        return variable;
     if (rank >= nblock || !blocks[rank].alive || address + n > shared_bytes || address % n) {
         fprintf(stderr,
                 "emulator: %zu bytes at %u of %zu bytes of shared memory, block %u of %u, thread %u of block %u, %u\n",
                 n, address, shared_bytes, rank, nblock, self->id, blockIdx.x, blockIdx.y);
         abort();
     }
-    return blocks[rank].memory + address;
+    return memory[rank] + address;
 }
 
 char *in_shared(uint32_t address, size_t n) {
@@ -186,7 +193,6 @@ static void pass(CountingBarrier &b) {
 }
 
 void mbarrier_init(uint32_t barrier, unsigned count) {
-    in_shared(barrier, 8);
     blocks[self->block].counting[barrier] = {count, count, 0, 0, {}};
 }
 
@@ -201,7 +207,7 @@ void mbarrier_wait(uint32_t barrier, unsigned parity) {
     CountingBarrier &b = blocks[self->block].counting.at(barrier);
     while (b.phase % 2 == parity) {
         for (const Transfer &t : b.transfers) {
-            memcpy(in_shared(t.to, 16), in_block(t.from_block, t.from, 16), t.n);
+            t.copy();
             b.bytes -= (long)t.n;
         }
         b.transfers.clear();
@@ -210,16 +216,14 @@ void mbarrier_wait(uint32_t barrier, unsigned parity) {
     }
 }
 
-void copy_to(unsigned rank, uint32_t to, uint32_t from, size_t n, uint32_t barrier) {
-    in_block(rank, to + (uint32_t)n - 16, 16);
-    in_shared(from + (uint32_t)n - 16, 16);
+void transfer(unsigned rank, uint32_t barrier, size_t n, std::function<void()> copy) {
     has_moved = true;
-    blocks[rank].counting.at(barrier).transfers.push_back({self->block, to, from, n});
+    blocks[rank].counting.at(barrier).transfers.push_back({n, std::move(copy)});
 }
 
 static void go_on(Thread &t, emulator_index first) {
     self = &t;
-    shared = blocks[t.block].memory;
+    shared = memory[t.block];
     blockIdx = {first.x + t.block, first.y, 0};
     emulator_switch(&scheduler, t.stack_pointer);
 }
@@ -238,8 +242,7 @@ void run_cluster(const std::function<void()> &body, unsigned x, unsigned y, unsi
     cluster = {};
     for (unsigned b = 0; b < n; b++) {
         Block &one = blocks[b];
-        if (!one.memory) one.memory = static_cast<char *>(aligned_alloc(1024, SHARED));
-        memset(one.memory, 0xff, dynamic_shared); /* NaN */
+        memset(memory[b], 0xff, dynamic_shared); /* NaN */
         memset(one.barriers, 0, sizeof one.barriers);
         one.counting.clear();
         one.alive = count;
@@ -400,7 +403,27 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *attributes, const void *) 
     return cudaSuccess;
 }
 cudaError_t cudaOccupancyMaxActiveClusters(int *count, const void *, const cudaLaunchConfig_t *config) {
-    *count = (int)(emulator::setting("EMULATED_SMS", 5) / config->attrs[0].val.clusterDim.x);
+    /* blocks without dynamic shared memory would share what they have */
+    *count =
+        config->dynamicSmemBytes ? (int)(emulator::setting("EMULATED_SMS", 5) / config->attrs[0].val.clusterDim.x) : 0;
+    return cudaSuccess;
+}
+
+static CUresult encode(CUtensorMap *map, CUtensorMapDataType, cuuint32_t rank, void *at, const cuuint64_t *sizes,
+                       const cuuint64_t *strides, const cuuint32_t *box, const cuuint32_t *, CUtensorMapInterleave,
+                       CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+    EmulatedMap m = {(const char *)at, {1, 1, 1}, {2}, {1, 1, 1}, swizzle == CU_TENSOR_MAP_SWIZZLE_128B};
+    for (cuuint32_t i = 0; i < rank; i++) {
+        m.sizes[i] = sizes[i];
+        m.box[i] = box[i];
+        if (i) m.strides[i] = strides[i - 1];
+    }
+    memcpy(map, &m, sizeof m);
+    return CUDA_SUCCESS;
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char *, void **found, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult *) {
+    *found = reinterpret_cast<void *>(encode);
     return cudaSuccess;
 }
 

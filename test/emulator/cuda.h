@@ -2,15 +2,18 @@
  * launched one block, or cluster of blocks, at a time, its threads as fibers that hand over wherever they wait for each
  * other.
  *
- * What it is strict about: shared memory is poisoned before each block, and asynchronous copies arrive only when their
- * group is waited for, so that what is read too early is NaN; what a block of a cluster is sent in the background comes
- * when it waits for it, from the sender's memory as it is then; addresses in shared memory are checked against what the
- * launch asked for, and for alignment; a block that cannot go on, or that reaches into the memory of one that has
- * ended, is reported. What it does not know: time, caches, the order in which blocks run, programmatic launch, wgmma
- * and TMA. Variables that a kernel declares __shared__ are those of all of a cluster's blocks. Sums of the tensor cores
- * are rounded once for every 16 products, where a GPU's are not: results are close, and the same from kernel to kernel.
+ * What it is strict about: shared memory is poisoned before each block. What is under way in the background comes as
+ * late as it may: asynchronous copies when their group is waited for, bulk copies and what a cluster's block is sent
+ * when somebody waits for their barrier, asynchronous products when they are waited for, so that what is read too early
+ * is NaN or old, and what is overwritten too early is missed. Addresses in shared memory are checked against what the
+ * launch asked for, and for alignment; a block that cannot go on, that reaches into the memory of one that has ended,
+ * or that ends before what it was sent has come, is reported. What it does not know: time, caches, the order in which
+ * blocks run, programmatic launch, fences. Variables that a kernel declares __shared__ are those of all of a cluster's
+ * blocks: such kernels do not get clusters, if they have no other shared memory. Sums of the tensor cores are rounded
+ * once for every 16 products, where a GPU's are not: results are close, and the same from kernel to kernel.
  *
- * Build: -D__shared__=static -include cuda.h -DLLA_PTX=... (kernels/cuda/ptx.cuh), without strict aliasing. */
+ * Build: -D__shared__=static -include cuda.h -DLLA_PTX=... (kernels/cuda/ptx.cuh) -DLLA_PTX_SM90=... (sm90.cuh there),
+ * without strict aliasing. */
 #ifndef LLA_EMULATOR_CUDA_H
 #define LLA_EMULATOR_CUDA_H
 
@@ -56,6 +59,8 @@ struct Thread {
     unsigned cluster_phase;               /* of the cluster's barrier, when the thread arrived */
     std::deque<std::vector<Copy>> groups; /* of asynchronous copies, committed */
     std::vector<Copy> open;               /* not yet */
+    std::deque<std::vector<std::function<void()>>> products; /* asynchronous ones, committed */
+    std::vector<std::function<void()>> open_products;        /* not yet */
 };
 extern Thread *self;
 
@@ -76,8 +81,8 @@ char *in_block(unsigned rank, uint32_t address, size_t n);
 void mbarrier_init(uint32_t barrier, unsigned count);
 void mbarrier_expect(uint32_t barrier, unsigned bytes);
 void mbarrier_wait(uint32_t barrier, unsigned parity);
-/* n bytes for block `rank`, which come when it waits for its barrier: of this block's memory, as it is then. */
-void copy_to(unsigned rank, uint32_t to, uint32_t from, size_t n, uint32_t barrier);
+/* n bytes for block `rank`, which come when it waits for its barrier: one of its threads copies them then. */
+void transfer(unsigned rank, uint32_t barrier, size_t n, std::function<void()> copy);
 void yield();
 
 /* Every lane of a warp gives n bytes, at most 256, and gets all lanes'. */

@@ -160,7 +160,11 @@ static inline uint4 load_cluster_16(uint32_t from, unsigned rank) {
 }
 static inline void fence_shared_async() {}
 static inline void copy_to_cluster(uint32_t to, uint32_t from, unsigned bytes, uint32_t barrier, unsigned rank) {
-    emulator::copy_to(rank, to, from, bytes, barrier);
+    const unsigned sender = emulator::self->block;
+    emulator::in_block(rank, to + bytes - 16, 16);
+    in_shared(from + bytes - 16, 16);
+    emulator::transfer(rank, barrier, bytes,
+                       [=] { memcpy(in_shared(to, 16), emulator::in_block(sender, from, 16), bytes); });
 }
 static inline void store_cluster_16(uint32_t to, unsigned rank, const float (&v)[4]) {
     memcpy(emulator::in_block(rank, to, sizeof v), v, sizeof v);
