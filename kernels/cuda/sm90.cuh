@@ -10,6 +10,7 @@
 #else
 
 #include <cuda.h> /* CUtensorMap */
+#include <type_traits>
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define LLA_SM90A_CODE
@@ -143,11 +144,17 @@ template <int NI> __device__ __forceinline__ void wgmma_arrived(float (&c)[NI][4
 }
 
 #ifdef LLA_SM90A_CODE
-#define LLA_WGMMA(N, type, registers, w, x, p, transposed, sums, ...)                                                  \
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %" p ", 0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." type       \
-                 "." type " {" registers "}, " w ", " x ", p, 1, 1, " transposed "; }"                                 \
-                 : sums                                                                                                \
-                 : __VA_ARGS__)
+#define LLA_WGMMA(N, registers, w, x, p, transposed, sums, ...)                                                        \
+    if constexpr (std::is_same<T, __half>::value)                                                                      \
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %" p ", 0; wgmma.mma_async.sync.aligned.m64n" N                   \
+                     "k16.f32.f16.f16 {" registers "}, " w ", " x ", p, 1, 1, " transposed "; }"                       \
+                     : sums                                                                                            \
+                     : __VA_ARGS__);                                                                                   \
+    else                                                                                                               \
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %" p ", 0; wgmma.mma_async.sync.aligned.m64n" N                   \
+                     "k16.f32.bf16.bf16 {" registers "}, " w ", " x ", p, 1, 1, " transposed "; }"                     \
+                     : sums                                                                                            \
+                     : __VA_ARGS__)
 #else
 #define LLA_WGMMA(...)
 #endif
@@ -170,91 +177,48 @@ template <int NI> __device__ __forceinline__ void wgmma_arrived(float (&c)[NI][4
 /* c [64, 8 NI] (+)= w [64, 16] x [8 NI, 16]^T by a group of four warps; warp v holds rows 16 v .. 16 v + 15 of w and c,
  * in the fragment layout of mma.m16n8k16. */
 template <class T, int NI> struct Wgmma;
-template <> struct Wgmma<__nv_bfloat16, 2> {
+template <class T> struct Wgmma<T, 2> {
     static __device__ __forceinline__ void run(float (&c)[2][4], const uint4 &w, uint64_t x, int accumulate) {
-        LLA_WGMMA("16", "bf16", LLA_R8, "{%8,%9,%10,%11}", "%12", "13", "0", LLA_C2, "r"(w.x), "r"(w.y), "r"(w.z),
-                  "r"(w.w), "l"(x), "r"(accumulate));
+        LLA_WGMMA("16", LLA_R8, "{%8,%9,%10,%11}", "%12", "13", "0", LLA_C2, "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w),
+                  "l"(x), "r"(accumulate));
     }
 };
-template <> struct Wgmma<__nv_bfloat16, 4> {
+template <class T> struct Wgmma<T, 4> {
     static __device__ __forceinline__ void run(float (&c)[4][4], const uint4 &w, uint64_t x, int accumulate) {
-        LLA_WGMMA("32", "bf16", LLA_R16, "{%16,%17,%18,%19}", "%20", "21", "0", LLA_D16(0), "r"(w.x), "r"(w.y),
-                  "r"(w.z), "r"(w.w), "l"(x), "r"(accumulate));
+        LLA_WGMMA("32", LLA_R16, "{%16,%17,%18,%19}", "%20", "21", "0", LLA_D16(0), "r"(w.x), "r"(w.y), "r"(w.z),
+                  "r"(w.w), "l"(x), "r"(accumulate));
     }
 };
-template <> struct Wgmma<__nv_bfloat16, 8> {
+template <class T> struct Wgmma<T, 8> {
     static __device__ __forceinline__ void run(float (&c)[8][4], const uint4 &w, uint64_t x, int accumulate) {
-        LLA_WGMMA("64", "bf16", LLA_R32, "{%32,%33,%34,%35}", "%36", "37", "0", LLA_C8, "r"(w.x), "r"(w.y), "r"(w.z),
-                  "r"(w.w), "l"(x), "r"(accumulate));
+        LLA_WGMMA("64", LLA_R32, "{%32,%33,%34,%35}", "%36", "37", "0", LLA_C8, "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w),
+                  "l"(x), "r"(accumulate));
     }
 };
-template <> struct Wgmma<__nv_bfloat16, 16> {
+template <class T> struct Wgmma<T, 16> {
     static __device__ __forceinline__ void run(float (&c)[16][4], const uint4 &w, uint64_t x, int accumulate) {
-        LLA_WGMMA("128", "bf16", LLA_R64, "{%64,%65,%66,%67}", "%68", "69", "0", LLA_C16, "r"(w.x), "r"(w.y), "r"(w.z),
+        LLA_WGMMA("128", LLA_R64, "{%64,%65,%66,%67}", "%68", "69", "0", LLA_C16, "r"(w.x), "r"(w.y), "r"(w.z),
                   "r"(w.w), "l"(x), "r"(accumulate));
     }
 };
-template <> struct Wgmma<__nv_bfloat16, 24> {
+template <class T> struct Wgmma<T, 24> {
     static __device__ __forceinline__ void run(float (&c)[24][4], const uint4 &w, uint64_t x, int accumulate) {
-        LLA_WGMMA("192", "bf16", LLA_R96, "{%96,%97,%98,%99}", "%100", "101", "0", LLA_C24, "r"(w.x), "r"(w.y),
-                  "r"(w.z), "r"(w.w), "l"(x), "r"(accumulate));
-    }
-};
-template <> struct Wgmma<__half, 2> {
-    static __device__ __forceinline__ void run(float (&c)[2][4], const uint4 &w, uint64_t x, int accumulate) {
-        LLA_WGMMA("16", "f16", LLA_R8, "{%8,%9,%10,%11}", "%12", "13", "0", LLA_C2, "r"(w.x), "r"(w.y), "r"(w.z),
-                  "r"(w.w), "l"(x), "r"(accumulate));
-    }
-};
-template <> struct Wgmma<__half, 4> {
-    static __device__ __forceinline__ void run(float (&c)[4][4], const uint4 &w, uint64_t x, int accumulate) {
-        LLA_WGMMA("32", "f16", LLA_R16, "{%16,%17,%18,%19}", "%20", "21", "0", LLA_D16(0), "r"(w.x), "r"(w.y), "r"(w.z),
-                  "r"(w.w), "l"(x), "r"(accumulate));
-    }
-};
-template <> struct Wgmma<__half, 8> {
-    static __device__ __forceinline__ void run(float (&c)[8][4], const uint4 &w, uint64_t x, int accumulate) {
-        LLA_WGMMA("64", "f16", LLA_R32, "{%32,%33,%34,%35}", "%36", "37", "0", LLA_C8, "r"(w.x), "r"(w.y), "r"(w.z),
-                  "r"(w.w), "l"(x), "r"(accumulate));
-    }
-};
-template <> struct Wgmma<__half, 16> {
-    static __device__ __forceinline__ void run(float (&c)[16][4], const uint4 &w, uint64_t x, int accumulate) {
-        LLA_WGMMA("128", "f16", LLA_R64, "{%64,%65,%66,%67}", "%68", "69", "0", LLA_C16, "r"(w.x), "r"(w.y), "r"(w.z),
-                  "r"(w.w), "l"(x), "r"(accumulate));
-    }
-};
-template <> struct Wgmma<__half, 24> {
-    static __device__ __forceinline__ void run(float (&c)[24][4], const uint4 &w, uint64_t x, int accumulate) {
-        LLA_WGMMA("192", "f16", LLA_R96, "{%96,%97,%98,%99}", "%100", "101", "0", LLA_C24, "r"(w.x), "r"(w.y), "r"(w.z),
+        LLA_WGMMA("192", LLA_R96, "{%96,%97,%98,%99}", "%100", "101", "0", LLA_C24, "r"(w.x), "r"(w.y), "r"(w.z),
                   "r"(w.w), "l"(x), "r"(accumulate));
     }
 };
 
 /* The same for x [16, 64] in shared memory with its rows along K, 8 KB for 64 rows: c [64, 64] (+)= w [64, 16] x. */
-template <class T> struct WgmmaColumns;
+template <class T> struct WgmmaColumns {
+    static __device__ __forceinline__ void run(float (&c)[8][4], const uint4 &w, uint64_t x, int accumulate) {
+        LLA_WGMMA("64", LLA_R32, "{%32,%33,%34,%35}", "%36", "37", "1", LLA_C8, "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w),
+                  "l"(x), "r"(accumulate));
+    }
+};
 /* And with both in shared memory: c [64, 64] (+)= w [64, 16] x [64, 16]^T. */
-template <class T> struct WgmmaShared;
-template <> struct WgmmaColumns<__nv_bfloat16> {
-    static __device__ __forceinline__ void run(float (&c)[8][4], const uint4 &w, uint64_t x, int accumulate) {
-        LLA_WGMMA("64", "bf16", LLA_R32, "{%32,%33,%34,%35}", "%36", "37", "1", LLA_C8, "r"(w.x), "r"(w.y), "r"(w.z),
-                  "r"(w.w), "l"(x), "r"(accumulate));
-    }
-};
-template <> struct WgmmaShared<__nv_bfloat16> {
+template <class T> struct WgmmaShared {
     static __device__ __forceinline__ void run(float (&c)[8][4], uint64_t w, uint64_t x, int accumulate) {
-        LLA_WGMMA("64", "bf16", LLA_R32, "%32", "%33", "34", "0, 0", LLA_C8, "l"(w), "l"(x), "r"(accumulate));
-    }
-};
-template <> struct WgmmaColumns<__half> {
-    static __device__ __forceinline__ void run(float (&c)[8][4], const uint4 &w, uint64_t x, int accumulate) {
-        LLA_WGMMA("64", "f16", LLA_R32, "{%32,%33,%34,%35}", "%36", "37", "1", LLA_C8, "r"(w.x), "r"(w.y), "r"(w.z),
-                  "r"(w.w), "l"(x), "r"(accumulate));
-    }
-};
-template <> struct WgmmaShared<__half> {
-    static __device__ __forceinline__ void run(float (&c)[8][4], uint64_t w, uint64_t x, int accumulate) {
-        LLA_WGMMA("64", "f16", LLA_R32, "%32", "%33", "34", "0, 0", LLA_C8, "l"(w), "l"(x), "r"(accumulate));
+        LLA_WGMMA("64", LLA_R32, "%32", "%33", "34", "0, 0", LLA_C8, "l"(w), "l"(x), "r"(accumulate));
     }
 };
 
