@@ -5,12 +5,12 @@
  * What it is strict about: shared memory is poisoned before each block. What is under way in the background comes as
  * late as it may: asynchronous copies when their group is waited for, bulk copies and what a cluster's block is sent
  * when somebody waits for their barrier, asynchronous products when they are waited for, so that what is read too early
- * is NaN or old, and what is overwritten too early is missed. Addresses in shared memory are checked against what the
- * launch asked for, and for alignment; a block that cannot go on, that reaches into the memory of one that has ended,
- * or that ends before what it was sent has come, is reported. What it does not know: time, caches, the order in which
- * blocks run, programmatic launch, fences. Variables that a kernel declares __shared__ are those of all of a cluster's
- * blocks: such kernels do not get clusters, if they have no other shared memory. Sums of the tensor cores are rounded
- * once for every 16 products, where a GPU's are not: results are close, and the same from kernel to kernel.
+ * is NaN or old, and what is overwritten too early gives a wrong result. Addresses in shared memory are checked against
+ * what the launch asked for, and for alignment; a block that cannot go on, that reaches into the memory of one that has
+ * ended, or that ends before what it was sent has come, is reported. What it does not know: time, caches, the order in
+ * which blocks run, programmatic launch, fences. Variables that a kernel declares __shared__ are those of all of a
+ * cluster's blocks: such kernels do not get clusters, if they have no other shared memory. Sums of the tensor cores are
+ * rounded once for every 16 products, where a GPU's are not: results are close, and the same from kernel to kernel.
  *
  * Build: -D__shared__=static -include cuda.h -DLLA_PTX=... (kernels/cuda/ptx.cuh) -DLLA_PTX_SM90=... (sm90.cuh there),
  * without strict aliasing. */
